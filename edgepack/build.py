@@ -1,0 +1,107 @@
+"""One build, from a hashed source and a plan to a published package: the order of the steps, and what each hands on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgepack import steps
+from edgepack.events import Listener, step
+from edgepack.measurement import Measurement
+from edgepack.store import Entry, Store
+
+if TYPE_CHECKING:
+    from edgepack.package import Package
+    from edgepack.plan import Plan
+    from edgepack.source import Source
+
+
+class Build:
+    """A build of one plan.
+
+    Args:
+        source: The input with the sha256 of its files.
+        plan: What to build.
+        text: Evaluation text.
+        listener: Told about steps and progress.
+    """
+
+    def __init__(self, source: Source, plan: Plan, text: Path, listener: Listener) -> None:
+        self.source = source
+        self.plan = plan
+        self.text = text
+        self.listener = listener
+        threads = plan.target.runtime.threads if plan.target.device.is_this_machine else 0
+        self.shop = steps.Workshop(Store(), listener, threads or steps.physical_cores())
+
+    def run(self, output: Path, *, force: bool) -> Package:
+        """Run every step and publish the package at `output`.
+
+        Raises:
+            UsageError: `output` exists and `force` is not set.
+            StepError: A step failed; nothing is at `output` that was not there before.
+        """
+        entry, report = steps.export(self.shop, self.source, self.plan, self._stem())
+        artifact, sha256 = _main_file(entry)
+        conformance = steps.conform(self.shop, self.source, artifact, sha256)
+        samples = steps.samples(self.shop, self.plan, artifact, sha256)
+        evidence = self._measure(artifact, sha256)
+        rows = self._judge(entry, report, evidence)
+        with step(self.listener, "package", str(output)) as handle:
+            package = self._package(output, force, entry, report, conformance | evidence, rows, samples)
+            handle.outcome = str(output)
+        return package
+
+    def _stem(self) -> str:
+        return f"{self.source.name}-{self.plan.quantize}"
+
+    def _measure(self, artifact: Path, sha256: str) -> dict[str, Any]:
+        plan, measure = self.plan, self.plan.target.measure
+        found: dict[str, Any] = {"rows": []}
+        if measure.fidelity:
+            fidelity = steps.fidelity(
+                self.shop, self.source, plan.target, artifact, sha256, self.text, parameters=plan.parameters
+            )
+            found |= {"reference": fidelity["reference"], "logits": fidelity["logits"]}
+            found["rows"] += fidelity["rows"]
+        if measure.latency and plan.target.device.is_this_machine:
+            timed = steps.latency(self.shop, plan.target, artifact, sha256, plan.context, embedding=plan.embedding)
+            found["rows"] += timed["rows"]
+        return found
+
+    def _judge(self, entry: Entry, report: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[Measurement]:
+        from edgepack.judgement import judged
+
+        size = sum(record.size for name, record in entry.files.items() if name.endswith(".gguf"))
+        exact = [
+            Measurement("artifact_bytes", size, "bytes").as_json(),
+            Measurement("bits_per_weight", round(report["bits_per_weight"], 4), "1").as_json(),
+        ]
+        prediction = self.plan.prediction
+        predicted: dict[str, float] = {
+            "artifact_bytes": prediction.artifact_bytes,
+            "bits_per_weight": round(prediction.bits_per_weight, 4),
+            "peak_rss_mb": round(prediction.ram_mb, 1),
+        }
+        if prediction.decode_tokens_per_s is not None:
+            predicted["decode_tokens_per_s_p50"] = round(prediction.decode_tokens_per_s, 1)
+        return judged([*exact, *evidence["rows"]], self.plan.target, predicted, embedding=self.plan.embedding)
+
+    def _package(
+        self,
+        output: Path,
+        force: bool,
+        entry: Entry,
+        report: Mapping[str, Any],
+        evidence: Mapping[str, Any],
+        rows: list[Measurement],
+        samples: list[dict[str, Any]],
+    ) -> Package:
+        raise NotImplementedError
+
+
+def _main_file(entry: Entry) -> tuple[Path, str]:
+    """The file llama.cpp opens: the only GGUF, or the first shard; and the digest that stands for all of them."""
+    shards = sorted(name for name in entry.files if name.endswith(".gguf"))
+    return entry.files[shards[0]].path, "+".join(entry.files[name].sha256 for name in shards)

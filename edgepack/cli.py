@@ -1,0 +1,381 @@
+"""The command line: parse, call one library function, print. Exit codes are those of `errors.py`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from edgepack import console
+from edgepack.errors import BudgetError, EdgepackError, StepError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from edgepack.events import Listener
+
+DOCS = "Docs: https://github.com/edgepack/edgepack#readme"
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; unwinds like Ctrl-C does, so that workers are stopped and temporary folders removed."""
+
+
+# Shared options, one decorator each.
+_target = click.option("-t", "--target", required=True, metavar="NAME|FILE", help="Built-in profile, or your own .toml.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+_set = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one profile key, e.g. budget.disk_mb=500.")
+_format = click.option("--format", type=click.Choice(["gguf", "onnx"]), help="Instead of the profile's choice.")
+_quantize = click.option("--quantize", metavar="NAME", help="A preset such as Q4_K_M, instead of the best that fits.")
+_evaluation = click.option("--evaluation", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure fidelity on.")
+_quiet = click.option("-q", "--quiet", is_flag=True, help="No steps, no progress.")
+_verbose = click.option("-v", "--verbose", is_flag=True, help="More about each step.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=DOCS)
+@click.version_option(package_name="edgepack", message="edgepack %(version)s")
+def cli() -> None:
+    """From a Hugging Face model to a package a device can run and a release pipeline can trust.
+
+    \b
+      edgepack build ./my-model -t laptop
+      edgepack build org/name@revision -t phone --quantize Q4_0
+
+    Exit status: 0 done and within budget, 1 a step failed, 2 wrong usage or profile, 3 a budget is missed,
+    4 a dependency or device is missing, 5 the input was refused.
+    """
+
+
+@cli.command(epilog=DOCS)
+@click.argument("model")
+@_target
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Where the package goes; must not exist.  [default: <name>-<target>]")
+@_format
+@_quantize
+@_set
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix in llama-imatrix's GGUF form.")
+@_evaluation
+@click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@_json
+@_quiet
+@_verbose
+def build(
+    model: str, target: str, output: Path | None, format: str | None, quantize: str | None, overrides: tuple[str, ...],
+    calibration: Path | None, evaluation: Path | None, dry_run: bool, force: bool, as_json: bool, quiet: bool, verbose: bool,
+) -> None:
+    """Shrink MODEL to fit a device, prove it, and package it.
+
+    \b
+      edgepack build ./my-model -t jetson -o dist/my-model-jetson
+
+    MODEL is a Hugging Face folder, a hub id (org/name or org/name@revision), or a GGUF in F32, F16 or BF16.
+    Exit status 3 means the package was built but misses the device's budget.
+    """  # fmt: skip
+    from edgepack import pipeline, render
+
+    overrides = _with_calibration(overrides, calibration)
+    if dry_run:
+        plan = pipeline.plan(model, target, format=format, quantize=quantize, overrides=overrides)
+        _show_plan(plan.as_json(), as_json)
+        return
+    with _steps(quiet, verbose) as listener:
+        package = pipeline.build(
+            model, target, output, format=format, quantize=quantize, overrides=overrides, evaluation=evaluation,
+            force=force, listener=listener,
+        )  # fmt: skip
+    status = pipeline.exit_status(package)
+    if as_json:
+        console.emit_json(render.package_json(package) | {"exit_code": status})
+    else:
+        render.show_package(package)
+    raise SystemExit(status)
+
+
+@cli.command(epilog=DOCS)
+@click.argument("model")
+@_target
+@_format
+@_quantize
+@_set
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix in llama-imatrix's GGUF form.")
+@_json
+def plan(
+    model: str, target: str, format: str | None, quantize: str | None, overrides: tuple[str, ...],
+    calibration: Path | None, as_json: bool,
+) -> None:
+    """Say what build would do: size, memory and speed, before any work.
+
+    \b
+      edgepack plan ./my-model -t jetson
+    """  # fmt: skip
+    from edgepack import pipeline
+
+    made = pipeline.plan(
+        model, target, format=format, quantize=quantize, overrides=_with_calibration(overrides, calibration)
+    )
+    _show_plan(made.as_json(), as_json)
+
+
+@cli.command(epilog=DOCS)
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option("--device", default="local", show_default=True, metavar="local|ssh://HOST", help="Where to measure.")
+@click.option("--on-target", is_flag=True, help="This machine is the target: speed measured here counts.")
+@click.option("--source", metavar="MODEL", help="The source model, if it is not where the package was built from.")
+@_set
+@_evaluation
+@_json
+@_quiet
+@_verbose
+def validate(
+    package: Path, device: str, on_target: bool, source: str | None, overrides: tuple[str, ...],
+    evaluation: Path | None, as_json: bool, quiet: bool, verbose: bool,
+) -> None:
+    """Measure PACKAGE again, here or on a device, and judge it against its target's budgets.
+
+    \b
+      edgepack validate dist/my-model-jetson --device ssh://jetson.local
+    """  # fmt: skip
+    from edgepack import pipeline, render
+
+    with _steps(quiet, verbose) as listener:
+        result = pipeline.validate(
+            package, device=device, on_target=on_target, source=source, overrides=overrides, evaluation=evaluation,
+            listener=listener,
+        )  # fmt: skip
+    status = result.exit_status
+    if as_json:
+        console.emit_json(result.as_json() | {"exit_code": status})
+    else:
+        render.show_validation(result)
+    raise SystemExit(status)
+
+
+@cli.command(epilog=DOCS)
+@click.argument("package", type=click.Path(path_type=Path))
+@_json
+def verify(package: Path, as_json: bool) -> None:
+    """Check that every byte of PACKAGE is what its manifest says. Needs nothing but the folder.
+
+    \b
+      edgepack verify dist/my-model-jetson
+    """
+    from edgepack.package import verify as check
+
+    result = check(package)
+    if as_json:
+        console.emit_json({"package": package.name, "whole": not result.problems, "problems": list(result.problems)})
+    elif result.problems:
+        for problem in result.problems:
+            console.emit_note(f"edgepack: {console.one_line(problem)}")
+    else:
+        console.emit_text(f"{package}: whole, every file is what the manifest says")
+    raise SystemExit(5 if result.problems else 0)
+
+
+@cli.command(epilog=DOCS)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@_json
+def inspect(path: Path, tensors: bool, as_json: bool) -> None:
+    """Say what is in PATH: a checkpoint folder, a GGUF file or a package.
+
+    \b
+      edgepack inspect model.gguf
+    """
+    from edgepack import render
+    from edgepack.inspect import inspect as look
+
+    found = look(path, tensors=tensors)
+    if as_json:
+        console.emit_json(found)
+    else:
+        render.show_inspection(found)
+
+
+@cli.command(epilog=DOCS)
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@_evaluation
+@click.option("--source", metavar="MODEL", help="Compare both with this full-precision model.")
+@click.option("--windows", type=click.IntRange(min=1), default=40, show_default=True, help="Evaluation windows.")
+@click.option("--no-speed", is_flag=True, help="Leave speed out.")
+@_json
+@_quiet
+def compare(
+    first: str, second: str, evaluation: Path | None, source: str | None, windows: int, no_speed: bool, as_json: bool,
+    quiet: bool,
+) -> None:
+    """Put two artifacts of one model side by side: size, fidelity, speed.
+
+    \b
+      edgepack compare a.gguf b.gguf --evaluation text.txt
+    """  # fmt: skip
+    from edgepack import pipeline, render
+
+    with _steps(quiet, False) as listener:
+        result = pipeline.compare(
+            Path(first), Path(second), evaluation=evaluation, source=source, windows=windows, speed=not no_speed,
+            listener=listener,
+        )  # fmt: skip
+    if as_json:
+        console.emit_json(result)
+    else:
+        render.show_comparison(result)
+
+
+@cli.group(epilog=DOCS)
+def targets() -> None:
+    """List the device profiles, show one, or copy one to edit."""
+
+
+@targets.command("list")
+@_json
+def targets_list(as_json: bool) -> None:
+    """List the built-in profiles."""
+    from edgepack import render
+    from edgepack.targets import list_targets
+
+    render.show_targets(list_targets(), as_json=as_json)
+
+
+@targets.command("show")
+@click.argument("name")
+@_json
+def targets_show(name: str, as_json: bool) -> None:
+    """Print a profile as TOML."""
+    from edgepack.targets import load_target
+
+    target = load_target(name)
+    if as_json:
+        console.emit_json({"name": target.name, "toml": target.text})
+    else:
+        console.emit_text(target.text)
+
+
+@targets.command("copy")
+@click.argument("name")
+@click.argument("destination", type=click.Path(path_type=Path))
+def targets_copy(name: str, destination: Path) -> None:
+    """Copy a profile to DESTINATION, for you to edit and pass to -t."""
+    from edgepack.targets import copy_target
+
+    written = copy_target(name, destination)
+    console.emit_text(f"{written}\nUse it with: edgepack build MODEL -t {written}")
+
+
+@cli.command(epilog=DOCS)
+@_json
+def doctor(as_json: bool) -> None:
+    """Say what is installed and which runtimes answer."""
+    from edgepack import render
+    from edgepack.doctor import examine
+
+    report = examine()
+    if as_json:
+        console.emit_json(report.as_json())
+    else:
+        render.show_doctor(report)
+    raise SystemExit(0 if report.healthy else 4)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its status: the entry point of the `edgepack` script."""
+    raise SystemExit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command; every error becomes one line on stderr (and a document on stdout with `--json`).
+
+    Args:
+        argv: Arguments without the program name.
+
+    Returns:
+        The exit status.
+    """
+    as_json = "--json" in argv
+    debug = bool(os.environ.get("EDGEPACK_DEBUG"))
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        cli.main(args=argv, prog_name="edgepack", standalone_mode=False)
+    except SystemExit as stop:
+        return int(stop.code or 0) if not isinstance(stop.code, str) else 1
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        console.emit_error(_usage_error(error), as_json=as_json)
+        return UsageError.exit_code
+    except EdgepackError as error:
+        if debug:
+            raise
+        console.emit_error(error, as_json=as_json)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        console.emit_note("edgepack: interrupted; finished steps are kept, run the same command to go on")
+        return 130
+    except Terminated:
+        console.emit_note("edgepack: terminated; finished steps are kept, run the same command to go on")
+        return 143
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        console.emit_error(_unexpected(error), as_json=as_json)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
+
+
+def _usage_error(error: click.ClickException) -> UsageError:
+    context = getattr(error, "ctx", None)
+    hint = f"See {context.command_path} --help." if context else None
+    return UsageError(error.format_message(), hint=hint)
+
+
+def _unexpected(error: Exception) -> EdgepackError:
+    if isinstance(error, OSError):
+        return StorageError(f"{error.strerror or error}: {error.filename or 'file system'}")
+    if isinstance(error, MemoryError):
+        return StepError("out of memory", hint="Close other programs, or lower runtime.context and measure.windows with --set.")
+    hint = "This is a defect in edgepack; run again with EDGEPACK_DEBUG=1 and report the traceback."
+    return StepError(f"{type(error).__name__}: {error}", hint=hint)
+
+
+@contextmanager
+def _steps(quiet: bool, verbose: bool) -> Iterator[Listener]:
+    printer = console.StepPrinter(quiet=quiet, verbose=verbose)
+    try:
+        yield printer
+    finally:
+        printer.close()
+
+
+def _with_calibration(overrides: tuple[str, ...], calibration: Path | None) -> tuple[str, ...]:
+    return overrides if calibration is None else (*overrides, f"quantize.imatrix={calibration}")
+
+
+def _show_plan(document: dict[str, Any], as_json: bool) -> None:
+    from edgepack import render
+
+    if as_json:
+        console.emit_json(document)
+    else:
+        render.show_plan(document)
+    if not document["feasible"]:
+        raise SystemExit(BudgetError.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Machines other than this one that a package can be measured on."""

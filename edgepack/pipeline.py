@@ -1,0 +1,240 @@
+"""Runs a plan: every step in a worker process, its result in the store, the proof in the package.
+
+    source -> plan -> export -> conform -> fidelity -> latency -> package
+
+Knows no framework: what a step does stands in the step's own module, this one orders steps, keeps their results, and
+judges. A step whose inputs, code and toolchain are those of a stored result is not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgepack.errors import UsageError
+from edgepack.events import Event, Listener, silent, step
+from edgepack.measurement import Measurement, PackageVerdict
+
+if TYPE_CHECKING:
+    from edgepack.package import Package
+    from edgepack.plan import Plan
+    from edgepack.source import Source
+    from edgepack.targets import Target
+
+
+def plan(
+    model: str | Path,
+    target: str | Target,
+    *,
+    format: str | None = None,
+    quantize: str | None = None,
+    overrides: Sequence[str] = (),
+    listener: Listener = silent,
+) -> Plan:
+    """Say what `build` would do, before any work.
+
+    Args:
+        model: Hugging Face folder, hub id (`org/name@revision`), or a GGUF in F32, F16 or BF16.
+        target: Built-in profile name, path of a `.toml`, or a loaded target.
+        format: `gguf`; None takes the profile's choice.
+        quantize: Preset such as `Q4_K_M`; None lets the plan pick the best that fits the budgets.
+        overrides: `key=value` pairs as on the command line.
+        listener: Told about a download.
+
+    Returns:
+        The plan; `plan.chosen.misses` is empty when every predictable budget is met.
+
+    Raises:
+        BudgetError: No candidate of the profile meets the budgets.
+        InputRefused: The model is unsafe, malformed or not supported.
+        ProfileError: The profile or an override is not valid.
+    """
+    from edgepack.plan import make_plan
+
+    resolved = _target(target, overrides)
+    return make_plan(_resolve(model, listener), resolved, format=format, quantize=quantize)
+
+
+def build(
+    model: str | Path,
+    target: str | Target,
+    output: str | Path | None = None,
+    *,
+    format: str | None = None,
+    quantize: str | None = None,
+    overrides: Sequence[str] = (),
+    evaluation: str | Path | None = None,
+    force: bool = False,
+    listener: Listener = silent,
+) -> Package:
+    """Build a verified package of `model` for `target`.
+
+    Args:
+        model: Hugging Face folder, hub id (`org/name@revision`), or a GGUF in F32, F16 or BF16.
+        target: Built-in profile name, path of a `.toml`, or a loaded target.
+        output: Package folder; None makes `<name>-<target>` in the working directory.
+        format: `gguf`; None takes the profile's choice.
+        quantize: Preset such as `Q4_K_M`; None lets the plan pick the best that fits the budgets.
+        overrides: `key=value` pairs as on the command line.
+        evaluation: UTF-8 text to measure fidelity on; None takes the text that ships with edgepack.
+        force: Replace `output` if it exists.
+        listener: Told about steps and progress.
+
+    Returns:
+        The package. Its verdict may be `fail` or `incomplete`: see `exit_status`.
+
+    Raises:
+        UsageError: `output` exists and `force` is not set, or an argument is wrong.
+        BudgetError: The budgets can't be met; nothing was done.
+        InputRefused: The model was refused.
+        ConformanceError: The artifact differs from its source in token ids, chat rendering or logits.
+        StepError: A step failed; finished steps are kept in the store.
+    """
+    from edgepack.build import Build
+    from edgepack.plan import make_plan
+
+    resolved = _target(target, overrides)
+    destination = Path(output) if output is not None else None
+    if destination is not None:
+        _refuse_existing(destination, force)
+    text = _evaluation_text(evaluation)
+    source = _resolve(model, listener)
+    if destination is None:
+        destination = Path(f"{source.name}-{resolved.name}")
+        _refuse_existing(destination, force)
+    made = make_plan(source, resolved, format=format, quantize=quantize)
+    listener(Event("note", "plan", _plan_in_words(made)))
+    return Build(_hash(source, listener), made, text, listener).run(destination, force=force)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A fresh measurement of a package.
+
+    Args:
+        package: The package's folder name.
+        verdict: Against the budgets of the package's target.
+        measurements: Every row, judged.
+        measured_on: Facts of the machine or device.
+        require_on_device: The profile's wish that an unmeasured budget counts as a miss.
+    """
+
+    package: str
+    verdict: PackageVerdict
+    measurements: tuple[Measurement, ...]
+    measured_on: Mapping[str, Any]
+    require_on_device: bool
+
+    @property
+    def exit_status(self) -> int:
+        """0 or 3, as for a build."""
+        return _status(self.verdict, self.require_on_device)
+
+    def as_json(self) -> dict[str, Any]:
+        """The document of `edgepack validate --json`; the form of `evidence/validation.json`."""
+        return {
+            "package": self.package,
+            "verdict": self.verdict,
+            "measured_on": dict(self.measured_on),
+            "measurements": [row.as_json() for row in self.measurements],
+        }
+
+
+def validate(
+    package: str | Path,
+    *,
+    device: str = "local",
+    on_target: bool = False,
+    source: str | None = None,
+    overrides: Sequence[str] = (),
+    evaluation: str | Path | None = None,
+    listener: Listener = silent,
+) -> Validation:
+    """Verify a package, measure it again, and judge it against the target it carries.
+
+    Args:
+        package: Package folder.
+        device: `local`, or `ssh://[user@]host[:port]` for a board that has edgepack installed.
+        on_target: This machine is the target: speed and memory measured here count.
+        source: The source model for the fidelity rows; None looks where the package was built from.
+        overrides: `key=value` pairs on the package's own profile, for example `measure.windows=20`.
+        evaluation: Text for the fidelity rows; None takes the text that ships with edgepack.
+        listener: Told about steps and progress.
+
+    Returns:
+        Rows and verdict. The package itself is not touched.
+
+    Raises:
+        InputRefused: The package is not whole, or the source is not the one it was built from.
+        MissingError: The device does not answer.
+    """
+    from edgepack.validate import validate_package
+
+    return validate_package(
+        Path(package),
+        device=device,
+        on_target=on_target,
+        source=source,
+        overrides=overrides,
+        text=_evaluation_text(evaluation),
+        listener=listener,
+    )
+
+
+def exit_status(package: Package) -> int:
+    """0 when the package is within budget, 3 when it is not, as the contract of `build` says."""
+    require = bool(package.manifest.get("require_on_device", False))
+    return _status(package.verdict, require)
+
+
+def _status(verdict: PackageVerdict, require_on_device: bool) -> int:
+    return 3 if verdict == "fail" or (verdict == "incomplete" and require_on_device) else 0
+
+
+def _target(target: str | Target, overrides: Sequence[str]) -> Target:
+    from edgepack.targets import load_target, with_overrides
+
+    loaded = load_target(target) if isinstance(target, str) else target
+    return with_overrides(loaded, overrides) if overrides else loaded
+
+
+def _resolve(model: str | Path, listener: Listener) -> Source:
+    from edgepack.source import resolve
+
+    with step(listener, "source", str(model), unit="bytes") as handle:
+        source = resolve(str(model))
+        handle.outcome = source.name + (f" at {source.commit[:12]}" if source.commit else "")
+    return source
+
+
+def _hash(source: Source, listener: Listener) -> Source:
+    from edgepack.source import hash_source
+
+    with step(listener, "hash", source.name, unit="bytes") as handle:
+        hashed = hash_source(source, handle.progress)
+        handle.outcome = f"{len(hashed.files)} files"
+    return hashed
+
+
+def _refuse_existing(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists", hint="Choose another folder with -o, or replace it with --force.")
+
+
+def _evaluation_text(evaluation: str | Path | None) -> Path:
+    from edgepack.text import default_evaluation_text
+
+    if evaluation is None:
+        return default_evaluation_text()
+    if not Path(evaluation).is_file():
+        raise UsageError(f"--evaluation: {evaluation} is not a file", hint="Name a UTF-8 text file.")
+    return Path(evaluation)
+
+
+def _plan_in_words(made: Plan) -> str:
+    prediction = made.prediction
+    words = f"{made.quantize} ({made.chosen_by}), {prediction.artifact_bytes / 1e6:,.1f} MB, about {prediction.ram_mb:,.0f} MB of memory"
+    misses = "; ".join(miss.sentence() for miss in made.chosen.misses)
+    return words + (f"; will miss: {misses}" if misses else "")

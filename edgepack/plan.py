@@ -1,0 +1,284 @@
+"""From a source and a target to a plan: what will be built, what it is predicted to cost, or why it can't be.
+
+Reads config, tokenizer and safetensors headers; never a weight. The quantization is the user's, the profile's, or the
+best candidate of the profile whose prediction meets every budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgepack.errors import BudgetError, UsageError
+from edgepack.predict import MB, Prediction, effective_context, predict
+from edgepack.toolchain import versions
+
+if TYPE_CHECKING:
+    from edgepack.gguf.imatrix import Imatrix
+    from edgepack.gguf.model import ModelSpec
+    from edgepack.source import Source
+    from edgepack.targets import Target
+
+ChosenBy = Literal["command line", "profile", "budgets"]
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A budget that the prediction does not meet.
+
+    Args:
+        budget: Measurement name the budget is on, for example `artifact_bytes`.
+        predicted: What is predicted, in the measurement's unit.
+        limit: What the budget allows.
+    """
+
+    budget: str
+    predicted: float
+    limit: float
+
+    def sentence(self) -> str:
+        """The miss in words, with by how much."""
+        words = {
+            "artifact_bytes": lambda x: f"{x / MB:,.1f} MB on disk",
+            "peak_rss_mb": lambda x: f"{x:,.0f} MB of memory",
+            "decode_tokens_per_s_p10": lambda x: f"{x:,.1f} tokens/s at best",
+        }
+        show = words.get(self.budget, lambda x: f"{self.budget} {x:,.4g}")
+        relation = "over" if self.predicted > self.limit else "under"
+        gap = abs(self.predicted - self.limit)
+        return f"{show(self.predicted)}, {show(gap).split(' at best')[0]} {relation} the budget"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One quantization with its prediction and the budgets it would miss."""
+
+    quantize: str
+    prediction: Prediction
+    misses: tuple[Miss, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The candidate as it stands in `plan.json`."""
+        return {
+            "quantize": self.quantize,
+            **self.prediction.as_json(),
+            "misses": [{"budget": m.budget, "predicted": round(m.predicted, 1), "limit": m.limit} for m in self.misses],
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `build` will do.
+
+    Args:
+        source: The resolved input.
+        target: The profile with every override applied.
+        format: `gguf`.
+        chosen: The quantization and its prediction.
+        chosen_by: Who chose it.
+        candidates: Every quantization that was considered, best first.
+        architecture: llama.cpp's architecture name.
+        parameters: Weights of the model.
+        context: Tokens the key-value cache is sized for.
+        embedding: True for an embedder.
+        steps: Names of the steps, in order.
+    """
+
+    source: Source
+    target: Target
+    format: Literal["gguf"]
+    chosen: Candidate
+    chosen_by: ChosenBy
+    candidates: tuple[Candidate, ...]
+    architecture: str
+    parameters: int
+    context: int
+    embedding: bool
+    steps: tuple[str, ...]
+
+    @property
+    def quantize(self) -> str:
+        """The chosen quantization."""
+        return self.chosen.quantize
+
+    @property
+    def prediction(self) -> Prediction:
+        """The chosen quantization's prediction."""
+        return self.chosen.prediction
+
+    def as_json(self) -> dict[str, Any]:
+        """The document of `edgepack plan --json` and of `evidence/plan.json`; holds no path and no time."""
+        return {
+            "schema_version": 1,
+            "model": self.source.id or self.source.name,
+            "commit": self.source.commit,
+            "target": self.target.name,
+            "format": self.format,
+            "architecture": self.architecture,
+            "parameters": self.parameters,
+            "context": self.context,
+            "quantize": self.quantize,
+            "chosen_by": self.chosen_by,
+            "feasible": not self.chosen.misses,
+            "prediction": self.prediction.as_json(),
+            "steps": list(self.steps),
+            "candidates": [candidate.as_json() for candidate in self.candidates],
+        }
+
+
+def make_plan(source: Source, target: Target, *, format: str | None = None, quantize: str | None = None) -> Plan:
+    """Resolve everything before anything is done.
+
+    Args:
+        source: The resolved input.
+        target: The profile, overrides applied.
+        format: `gguf`; None takes the profile's choice.
+        quantize: A preset; None takes the profile's default, and with `auto` the best candidate within the budgets.
+
+    Returns:
+        The plan. With an explicit `quantize` it may carry misses: the user asked for it, the build will say `fail`.
+
+    Raises:
+        BudgetError: No candidate meets the budgets; the message says by how much and what would fit.
+        InputRefused: The model can't be described.
+        UsageError: An unknown preset or format.
+    """
+    from edgepack.gguf.model import describe
+
+    model = describe(source.path)
+    _check_format(format or (target.format.encoder if model.embedding else target.format.decoder), format is not None)
+    imatrix = _imatrix(target)
+    asked = quantize or (None if target.quantize.default == "auto" else target.quantize.default)
+    if asked is not None:
+        chosen_by: ChosenBy = "command line" if quantize else "profile"
+        candidates = [_candidate(source, model, target, asked, imatrix)]
+        chosen = candidates[0]
+    else:
+        chosen_by = "budgets"
+        candidates = [_candidate(source, model, target, name, imatrix) for name in target.quantize.candidates]
+        feasible = [candidate for candidate in candidates if not candidate.misses]
+        if not feasible:
+            raise _nothing_fits(model, target, candidates)
+        chosen = feasible[0]
+    return Plan(
+        source=source,
+        target=target,
+        format="gguf",
+        chosen=chosen,
+        chosen_by=chosen_by,
+        candidates=tuple(candidates),
+        architecture=model.architecture,
+        parameters=model.parameters,
+        context=effective_context(model, target),
+        embedding=model.embedding,
+        steps=_steps(target),
+    )
+
+
+def gguf_keys(source: Source, quantize: str) -> dict[str, str]:
+    """Keys of edgepack's own in the file: what made it and from what (llama.cpp ignores keys it does not know)."""
+    keys = {"edgepack.version": versions()["edgepack"] or "unknown", "edgepack.quantize": quantize}
+    return keys | ({"edgepack.source_commit": source.commit} if source.commit else {})
+
+
+def _candidate(source: Source, model: ModelSpec, target: Target, quantize: str, imatrix: Imatrix | None) -> Candidate:
+    from edgepack.gguf.convert import plan_layout
+    from edgepack.gguf.presets import find_preset
+    from edgepack.gguf.values import string
+
+    name = find_preset(quantize).name
+    layout = plan_layout(
+        model,
+        name,
+        overrides=dict(target.quantize.tensors),
+        imatrix=imatrix,
+        shard_bytes=target.delivery.shard_mb * MB if target.delivery.shard_mb else None,
+        extra_metadata={key: string(value) for key, value in gguf_keys(source, name).items()},
+    )
+    prediction = predict(model, layout, target)
+    return Candidate(name, prediction, tuple(_misses(prediction, target.limits())))
+
+
+def _misses(prediction: Prediction, limits: Mapping[str, Mapping[str, float]]) -> list[Miss]:
+    """Budgets the prediction misses. Speed is a range: only a budget beyond its best end is a miss."""
+    best_speed = prediction.decode_range[1] if prediction.decode_range else None
+    predicted = {
+        "artifact_bytes": float(prediction.artifact_bytes),
+        "peak_rss_mb": prediction.ram_mb,
+        "decode_tokens_per_s_p10": best_speed,
+    }
+    found = []
+    for name, value in predicted.items():
+        limit = limits.get(name)
+        if limit is None or value is None:
+            continue
+        if value > limit.get("max", value):
+            found.append(Miss(name, value, limit["max"]))
+        if value < limit.get("min", value):
+            found.append(Miss(name, value, limit["min"]))
+    return found
+
+
+def _nothing_fits(model: ModelSpec, target: Target, candidates: list[Candidate]) -> BudgetError:
+    smallest = min(candidates, key=lambda candidate: candidate.prediction.artifact_bytes)
+    misses = "; ".join(miss.sentence() for miss in smallest.misses)
+    return BudgetError(
+        f"no quantization of this model meets the budgets of {target.name}: "
+        f"the smallest candidate, {smallest.quantize}, needs {misses}",
+        hint=_what_would_fit(model, target, smallest),
+    )
+
+
+def _what_would_fit(model: ModelSpec, target: Target, smallest: Candidate) -> str:
+    """Advice computed from the smallest candidate: a shorter context where the cache is at fault, else a smaller model."""
+    advice = []
+    by_name = {miss.budget: miss for miss in smallest.misses}
+    memory = by_name.get("peak_rss_mb")
+    if memory is not None:
+        spare = smallest.prediction.kv_mb - (memory.predicted - memory.limit)
+        context = effective_context(model, target)
+        if spare > 0 and smallest.prediction.kv_mb > 0:
+            shorter = int(context * spare / smallest.prediction.kv_mb) // 256 * 256
+            if shorter >= 256:
+                advice.append(f"--set runtime.context={shorter} would fit {smallest.quantize}")
+    ratio = min((_room(miss) for miss in smallest.misses), default=1.0)
+    if not advice:
+        advice.append(
+            f"at {smallest.prediction.bits_per_weight:.2f} bits per weight about "
+            f"{model.parameters * ratio / 1e6:,.0f}M parameters would fit, this model has {model.parameters / 1e6:,.0f}M"
+        )
+    budgets = ", ".join(f"budget.{_budget_key(name)}" for name in by_name)
+    return "; ".join(advice) + f"; or raise {budgets} with --set"
+
+
+def _room(miss: Miss) -> float:
+    return miss.limit / miss.predicted if miss.predicted > miss.limit else miss.predicted / miss.limit
+
+
+def _budget_key(measurement: str) -> str:
+    return {"artifact_bytes": "disk_mb", "peak_rss_mb": "ram_mb"}.get(measurement, measurement)
+
+
+def _check_format(format: str, asked: bool) -> None:
+    if format == "gguf":
+        return
+    where = "--format" if asked else "the profile's [format]"
+    raise UsageError(
+        f"{where} asks for {format!r}, which this version does not write; it writes 'gguf'", hint="Pass --format gguf."
+    )
+
+
+def _imatrix(target: Target) -> Imatrix | None:
+    if target.quantize.imatrix is None:
+        return None
+    from pathlib import Path
+
+    from edgepack.gguf.imatrix import read_imatrix
+
+    return read_imatrix(Path(target.quantize.imatrix))
+
+
+def _steps(target: Target) -> tuple[str, ...]:
+    measured = [name for name, wanted in (("fidelity", target.measure.fidelity), ("latency", target.measure.latency)) if wanted]
+    return ("export", "conform", *measured, "package")

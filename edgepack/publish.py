@@ -1,0 +1,83 @@
+"""Put a finished folder in its place: built beside it, moved there by one rename.
+
+`<parent>/.<name>.partial-<random>` is on the same file system as the output, so the rename can't fail half-way. What was
+at the output stays there, untouched, until the new folder is whole. Does not know what is in the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from edgepack import locks
+from edgepack.errors import UsageError
+from edgepack.files import discard, remove, storage_error, storage_errors, sync_folder, sync_tree
+
+_PACKAGE_MARK = "edgepack.json"  # what `--force` may replace: a package, or an empty folder
+_NAME_BYTES = 200  # of a temporary name; file systems allow 255
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-[0-9a-f]{8}")
+
+
+def publish(build: Callable[[Path], None], output: Path, *, force: bool = False) -> Path:
+    """Build a folder and put it at `output`.
+
+    Args:
+        build: Fills the empty folder it gets.
+        output: Where it goes; parents are created.
+        force: Replace a package that is there, after the new one is whole. Anything else that is there stays.
+
+    Returns:
+        The absolute path of `output`.
+
+    Raises:
+        UsageError: `output` exists and `force` is not set, or it is neither a package nor empty.
+        StorageError: The file system refused; `output` is as it was.
+        Exception: Whatever `build` raised; nothing is left of the new folder and `output` is as it was.
+    """
+    output = Path(os.path.abspath(output))  # noqa: PTH100 (a link at `output` must be seen, not followed)
+    created: list[Path] = []
+    with storage_errors(output):
+        _recover(output)
+        check_output(output, force=force)
+        created = [parent for parent in output.parents if not parent.exists()]
+        output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with storage_errors(output):
+            _publish(build, output, force)
+    except BaseException:
+        for parent in created:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+    return output
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse an output that `publish` would refuse: to be called before any work.
+
+    Raises:
+        UsageError: As `publish`.
+    """
+    if not os.path.lexists(output):
+        return
+    if not force:
+        raise UsageError(f"{output} exists", hint="Choose another folder with -o, or replace it with --force.")
+    if output.is_symlink() or not output.is_dir():
+        raise UsageError(f"{output} is not a folder, so --force does not replace it", hint="Choose another with -o.")
+    if not (output / _PACKAGE_MARK).is_file() and any(output.iterdir()):
+        raise UsageError(
+            f"{output} holds no {_PACKAGE_MARK}, so --force does not replace it",
+            hint="Choose another folder with -o, or remove it yourself.",
+        )
+
+
+def published_place(path: Path) -> Path | None:
+    """Where `path`, inside a folder that `publish` is building, will be; None for any other path."""
+    path = path.absolute()
+    for parent in path.parents:
+        if match := _PARTIAL.fullmatch(parent.name):
+            return parent.with_name(match["name"]) / path.relative_to(parent)
+    return None

@@ -1,0 +1,513 @@
+"""llama.cpp through llama-cpp-python's bindings: load a GGUF, tokenize, get logits, embeddings and single decode steps.
+
+The low-level calls are used, not the high-level `Llama` class, so that the settings are those of llama.cpp's own tools:
+batch 2048, micro-batch 512, flash attention chosen by llama.cpp, key-value cache in float16, no full-size cache for
+sliding windows (llama.cpp common/common.h, tools/llama-bench, tools/perplexity). Only ever imported and used inside a
+worker process: a fatal condition in ggml aborts the process.
+
+llama.cpp's log is kept quiet; what it calls an error becomes part of the exception's message. Knows nothing of targets,
+texts or measurements.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from edgepack.errors import MissingError, StepError, UsageError
+from edgepack.runtimes import amx
+
+MINIMUM_VERSION = (0, 3, 36)  # the first release with llama.cpp commit 0c1e570; older loaders have memory bugs
+INSTALL_HINT = "pip install 'llama-cpp-python>=0.3.36,<0.4'"
+
+BATCH = 2048  # tokens handed over at once: default of llama-bench and llama-perplexity (common_params.n_batch)
+MICRO_BATCH = 512  # tokens computed at once: same defaults (common_params.n_ubatch)
+
+_KV_TYPES = {"f32": 0, "f16": 1}  # ggml.h, enum ggml_type
+_POOLING_NONE, _POOLING_RANK = 0, 4  # llama.h, enum llama_pooling_type
+_LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml.h, enum ggml_log_level: NONE 0, DEBUG 1, INFO 2, WARN 3, ERROR 4, CONT 5
+
+Floats = npt.NDArray[np.float32]
+
+
+@functools.cache
+def bindings() -> ModuleType:
+    """The checked `llama_cpp` module, with llama.cpp's log turned off.
+
+    Returns:
+        `llama_cpp`, whose structures have been compared with the library's own defaults.
+
+    Raises:
+        MissingError: Not installed, too old, its library can't be loaded, or library and bindings do not fit together.
+    """
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: the shared library did not load
+        raise MissingError(f"llama-cpp-python can't be used: {error}", hint=INSTALL_HINT) from None
+    found = tuple(int(part) for part in re.findall(r"\d+", llama_cpp.__version__)[:3])
+    if found < MINIMUM_VERSION:
+        wanted = ".".join(map(str, MINIMUM_VERSION))
+        raise MissingError(
+            f"llama-cpp-python {llama_cpp.__version__} is too old: {wanted} or newer is needed", hint=INSTALL_HINT
+        )
+    llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
+    _check_structures(llama_cpp)
+    llama_cpp.llama_backend_init()
+    module: ModuleType = llama_cpp
+    return module
+
+
+def _check_structures(module: Any) -> None:
+    """Compare defaults that the library fills in with what they must be; a shifted field shows at once."""
+    context, model = module.llama_context_default_params(), module.llama_model_default_params()
+    seen = {
+        "n_batch": (context.n_batch, BATCH),
+        "n_ubatch": (context.n_ubatch, MICRO_BATCH),
+        "type_k": (context.type_k, _KV_TYPES["f16"]),
+        "type_v": (context.type_v, _KV_TYPES["f16"]),
+        "offload_kqv": (context.offload_kqv, True),
+        "n_samplers": (context.n_samplers, 0),
+        "use_extra_bufts": (model.use_extra_bufts, True),
+        "vocab_only": (model.vocab_only, False),
+    }
+    wrong = [f"{name} is {value}, expected {expected}" for name, (value, expected) in seen.items() if value != expected]
+    if wrong:
+        raise MissingError(
+            f"llama-cpp-python {module.__version__} does not fit its llama.cpp library: {'; '.join(wrong)}",
+            hint=f"reinstall it: {INSTALL_HINT}; unset LLAMA_CPP_LIB_PATH",
+        )
+
+
+_log_errors: list[str] = []
+_log_level = [0]
+
+
+def _record(level: int, text: bytes | None, _data: Any) -> None:
+    """Keep the text of errors; CONT carries on the line before it."""
+    if level != _LOG_CONTINUED:
+        _log_level[0] = level
+    if _log_level[0] == _LOG_ERROR and text and len(_log_errors) < 64:
+        _log_errors.append(text.decode("utf-8", "replace"))
+
+
+# llama.h: typedef void (*ggml_log_callback)(enum ggml_log_level level, const char * text, void * user_data)
+_on_log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_record)
+
+
+def _reason() -> str:
+    """The first error llama.cpp reported since the last call: the innermost function speaks first. Forgets them all."""
+    lines = [" ".join(line.split()) for line in "".join(_log_errors).splitlines() if line.strip()]
+    _log_errors.clear()
+    return re.sub(r"^(?:\w+: )+(?:error loading model: )?", "", lines[0])[:400] if lines else "no reason given"
+
+
+class Model:
+    """A loaded GGUF with, unless `vocab_only`, one llama.cpp context. Close it, or use it in a `with` block.
+
+    One thread at a time may use a model; while llama.cpp computes, Python's lock is released.
+
+    Args:
+        path: The `.gguf`, or the first shard of a split file.
+        context: Tokens each sequence can hold; 0 takes what the model was trained with.
+        threads: Threads for prompts and for single tokens alike.
+        batch: Most tokens handed over at once.
+        ubatch: Most tokens computed at once.
+        sequences: Independent sequences decoded side by side, each with its own cache of `context` tokens.
+        gpu_layers: Layers on the accelerator; 0 keeps everything on the CPU, -1 moves all.
+        embeddings: The model is an embedder: `embed` works, `logits` does not. Whole sequences are computed in one
+            micro-batch, as llama.cpp demands of bidirectional attention.
+        vocab_only: Load the vocabulary and the metadata only: `tokenize`, `detokenize`, `meta`.
+        kv_type: Type of the key-value cache; `f32` for exact comparisons with other engines.
+        flash_attention: True, False, or None to let llama.cpp choose (its tools' default). False for exact comparisons.
+        pooling: llama.cpp's number of the pooling of an embedder; None takes the model's own.
+
+    Raises:
+        MissingError: llama-cpp-python is missing or unfit.
+        StepError: llama.cpp can't load the file or make the context; the message carries its reason.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        context: int = 0,
+        threads: int,
+        batch: int = BATCH,
+        ubatch: int = MICRO_BATCH,
+        sequences: int = 1,
+        gpu_layers: int = 0,
+        embeddings: bool = False,
+        vocab_only: bool = False,
+        kv_type: Literal["f16", "f32"] = "f16",
+        flash_attention: bool | None = None,
+        pooling: int | None = None,
+    ) -> None:
+        self._api: Any = bindings()
+        self.path = Path(path)
+        self._model: Any = None
+        self._context: Any = None
+        self.sequences = sequences
+        self._load(gpu_layers, vocab_only)
+        self._vocab = self._api.llama_model_get_vocab(self._model)
+        self.vocab_size = int(self._api.llama_vocab_n_tokens(self._vocab))
+        self.add_bos = bool(self._api.llama_vocab_get_add_bos(self._vocab))
+        self.bos = int(self._api.llama_vocab_bos(self._vocab))
+        self.eos = int(self._api.llama_vocab_eos(self._vocab))
+        if vocab_only:
+            return
+        self.trained_context = int(self._api.llama_model_n_ctx_train(self._model))
+        self.context = context or self.trained_context
+        self.batch = min(batch, self.context * sequences) if not embeddings else max(batch, self.context)
+        params = self._api.llama_context_default_params()
+        params.n_ctx = self.context * sequences
+        params.n_seq_max = sequences
+        params.n_batch = self.batch
+        params.n_ubatch = self.batch if embeddings else min(ubatch, self.batch)
+        params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = _KV_TYPES[kv_type]
+        params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
+        params.embeddings = embeddings
+        params.swa_full = False  # what llama.cpp's tools use: the cache of a sliding window holds the window only
+        params.offload_kqv = params.op_offload = gpu_layers != 0
+        if pooling is not None:
+            params.pooling_type = pooling
+        self._context = self._api.llama_init_from_model(self._model, params)
+        if not self._context:
+            reason = _reason()
+            self.close()
+            raise StepError(f"{self.path}: llama.cpp can't make a context of {params.n_ctx} tokens: {reason}")
+        self._arrays = _Batch(self._api, max(self.batch, sequences))
+
+    def _load(self, gpu_layers: int, vocab_only: bool) -> None:
+        if not self.path.is_file():
+            raise StepError(f"{self.path}: no such file; expected a GGUF")
+        params = self._api.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        params.vocab_only = vocab_only
+        _log_errors.clear()
+        params.use_extra_bufts = not amx.granted()
+        with amx.refused():
+            self._model = self._api.llama_model_load_from_file(str(self.path).encode(), params)
+        if not self._model:
+            raise StepError(
+                f"{self.path}: llama.cpp can't load it: {_reason()}",
+                hint="`edgepack inspect` shows what the file holds",
+            )
+
+    def close(self) -> None:
+        """Free the context and the model; safe to call twice."""
+        if self._context:
+            self._api.llama_free(self._context)
+            self._context = None
+        if self._model:
+            self._api.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- text ---------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of `text` by the GGUF's own vocabulary.
+
+        Args:
+            text: Any text; NUL characters are ordinary.
+            add_special: Add BOS/EOS where the vocabulary says so.
+            parse_special: Read `<|im_start|>` and the like as one token instead of plain text.
+        """
+        data = text.encode("utf-8")
+        capacity = len(data) + 8
+        while True:
+            out = (self._api.llama_token * capacity)()
+            count = self._api.llama_tokenize(self._vocab, data, len(data), out, capacity, add_special, parse_special)
+            if count >= 0:
+                return list(out[:count])
+            if -count <= capacity:  # INT32_MIN: more tokens than llama.cpp can count
+                raise StepError(f"{self.path}: llama.cpp can't tokenize a text of {len(data)} bytes: {_reason()}")
+            capacity = -count
+
+    def detokenize(self, ids: Sequence[int]) -> bytes:
+        """The bytes of the tokens, special ones written out; not always valid UTF-8: a token may end in mid-letter."""
+        tokens = (self._api.llama_token * len(ids))(*ids)
+        capacity = 16 * len(ids) + 16
+        while True:
+            out = ctypes.create_string_buffer(capacity)
+            count = self._api.llama_detokenize(self._vocab, tokens, len(ids), out, capacity, False, True)
+            if count >= 0:
+                return out.raw[:count]
+            capacity = -count
+
+    def meta(self, key: str) -> str | None:
+        """The metadata value of `key` as llama.cpp prints it; None where the file has no such key."""
+        capacity = 4096
+        while True:
+            out = ctypes.create_string_buffer(capacity)
+            length = self._api.llama_model_meta_val_str(self._model, key.encode(), out, capacity)
+            if length < 0:
+                return None
+            if length < capacity:
+                return out.value.decode("utf-8", "replace")
+            capacity = length + 1
+
+    # --- numbers ------------------------------------------------------------------------------------------------
+
+    def logits(self, sequences: Sequence[Sequence[int]], first: int = 0, *, stop: int | None = None) -> Floats:
+        """Logits at positions [first, stop) of every sequence, each from an empty cache.
+
+        Sequences are packed side by side as far as `batch` and `sequences` allow; only the asked positions are computed
+        in the output layer.
+
+        Args:
+            sequences: Token ids, all of one length, at most `context`.
+            first: First position wanted; the logits at position i are those for the token at i + 1.
+            stop: One past the last position wanted; None for the length.
+
+        Returns:
+            float32 `[len(sequences), stop - first, vocab_size]`, a fresh array.
+
+        Raises:
+            UsageError: Lengths differ, or are longer than the context.
+            StepError: llama.cpp could not decode.
+        """
+        length = len(sequences[0]) if len(sequences) else 0
+        stop = length if stop is None else stop
+        if any(len(ids) != length for ids in sequences) or not 0 <= first < stop <= length <= self.context:
+            raise UsageError(
+                f"logits: {len(sequences)} sequences of {sorted({len(ids) for ids in sequences})} tokens, positions "
+                f"{first} to {stop}: expected one length of at most {self.context}, and positions inside it"
+            )
+        out = np.empty((len(sequences), stop - first, self.vocab_size), dtype=np.float32)
+        tokens = np.asarray(sequences, dtype=np.int32)
+        side_by_side = max(1, min(self.sequences, self.batch // length))
+        for start in range(0, len(sequences), side_by_side):
+            block = tokens[start : start + side_by_side]
+            self._logits_of_block(block, first, stop, out[start : start + len(block)])
+        return out
+
+    def _logits_of_block(self, tokens: npt.NDArray[np.int32], first: int, stop: int, out: Floats) -> None:
+        """Decode sequences that fit in one batch, or one sequence longer than a batch in pieces."""
+        self.clear()
+        count, length = tokens.shape
+        for begin in range(0, length, self.batch):
+            end = min(length, begin + self.batch)
+            positions = np.arange(begin, end, dtype=np.int32)
+            wanted = (positions >= first) & (positions < stop)
+            self._arrays.fill(
+                tokens[:, begin:end].ravel(),
+                np.tile(positions, count),
+                np.repeat(np.arange(count, dtype=np.int32), end - begin),
+                np.tile(wanted, count),
+            )
+            self._decode()
+            rows = int(wanted.sum())
+            if rows:
+                place = max(0, begin - first)
+                out[:, place : place + rows] = self._output(count * rows).reshape(count, rows, self.vocab_size)
+
+    def clear(self) -> None:
+        """Empty the key-value cache."""
+        memory = self._api.llama_get_memory(self._context)
+        if memory:
+            self._api.llama_memory_clear(memory, True)
+
+    def feed(self, ids: Sequence[int], position: int) -> None:
+        """Decode tokens of sequence 0 from `position` on, and wait; logits are made for the last one only.
+
+        A prompt longer than `batch` is decoded in pieces, as llama.cpp's tools do.
+        """
+        tokens = np.asarray(ids, dtype=np.int32)
+        for begin in range(0, len(tokens), self.batch):
+            piece = tokens[begin : begin + self.batch]
+            wanted = np.zeros(len(piece), dtype=bool)
+            wanted[-1] = begin + len(piece) == len(tokens)
+            places = np.arange(position + begin, position + begin + len(piece), dtype=np.int32)
+            self._arrays.fill(piece, places, np.zeros(len(piece), dtype=np.int32), wanted)
+            self._decode()
+        self._api.llama_synchronize(self._context)
+
+    def greedy(self) -> int:
+        """The likeliest next token after `feed`."""
+        return int(np.argmax(self._output(1)))
+
+    def _decode(self) -> None:
+        _log_errors.clear()
+        status = self._api.llama_decode(self._context, self._arrays.value)
+        if status:
+            raise StepError(f"{self.path}: llama.cpp could not decode (status {status}): {_reason()}")
+
+    def _output(self, rows: int) -> Floats:
+        """A view of llama.cpp's logits buffer [rows, vocab_size]; the next decode overwrites it."""
+        pointer = self._api.llama_get_logits(self._context)  # waits for the computation
+        if not pointer:
+            raise StepError(f"{self.path}: llama.cpp gives no logits; is it an embedder?")
+        return np.ctypeslib.as_array(pointer, shape=(rows, self.vocab_size))
+
+    def embed(self, sequences: Sequence[Sequence[int]]) -> Floats:
+        """Pooled embeddings, not normalised, by the pooling the GGUF names.
+
+        Args:
+            sequences: Token ids with their special tokens, each at most `context` long.
+
+        Returns:
+            float32 `[len(sequences), width]`.
+
+        Raises:
+            StepError: The model has no pooling, or llama.cpp failed.
+        """
+        if self._api.llama_pooling_type(self._context) in (_POOLING_NONE, _POOLING_RANK):
+            raise StepError(
+                f"{self.path}: the model names no pooling (mean, cls, last), so it has no embeddings to compare"
+            )
+        width = int(self._api.llama_model_n_embd_out(self._model))
+        out = np.empty((len(sequences), width), dtype=np.float32)
+        step = self._api.llama_decode if self._api.llama_get_memory(self._context) else self._api.llama_encode
+        for place, group in _groups(sequences, self.sequences, self.batch, self.context):
+            self.clear()
+            ids = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in group])
+            positions = np.concatenate([np.arange(len(ids), dtype=np.int32) for ids in group])
+            owner = np.repeat(np.arange(len(group), dtype=np.int32), [len(ids) for ids in group])
+            self._arrays.fill(ids, positions, owner, np.ones(len(ids), dtype=bool))
+            _log_errors.clear()
+            status = step(self._context, self._arrays.value)
+            if status:
+                raise StepError(f"{self.path}: llama.cpp could not encode (status {status}): {_reason()}")
+            self._api.llama_synchronize(self._context)
+            for number in range(len(group)):
+                pointer = self._api.llama_get_embeddings_seq(self._context, number)
+                out[place + number] = np.ctypeslib.as_array(pointer, shape=(width,))
+        return out
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a GGUF says about itself, read by llama.cpp without its weights.
+
+    Args:
+        architecture: `general.architecture`.
+        file_type: Name of `general.file_type` (`F32`, `BF16`, `Q4_K - Medium`), or `unknown`.
+        vocab_size: Tokens in the vocabulary.
+        trained_context: Longest context the model was made for, in tokens.
+        pooled: True for an embedder: the model names a pooling.
+    """
+
+    architecture: str
+    file_type: str
+    vocab_size: int
+    trained_context: int
+    pooled: bool
+
+
+def describe_artifact(path: str | Path) -> Artifact:
+    """Read vocabulary and metadata of a GGUF.
+
+    Raises:
+        StepError: llama.cpp can't load it.
+    """
+    with Model(path, threads=1, vocab_only=True) as model:
+        architecture = model.meta("general.architecture") or "unknown"
+        kind = model.meta("general.file_type")
+        name = bindings().llama_ftype_name(int(kind)) if kind and kind.isdigit() else None
+        return Artifact(
+            architecture=architecture,
+            file_type=name.decode() if name else "unknown",
+            vocab_size=model.vocab_size,
+            trained_context=int(model.meta(f"{architecture}.context_length") or 0),
+            pooled=int(model.meta(f"{architecture}.pooling_type") or 0) not in (_POOLING_NONE, _POOLING_RANK),
+        )
+
+
+class _Batch:
+    """A `llama_batch` over numpy arrays: filled by slices, not token by token."""
+
+    def __init__(self, api: Any, capacity: int) -> None:
+        self._token = np.zeros(capacity, dtype=np.int32)
+        self._position = np.zeros(capacity, dtype=np.int32)
+        self._owner = np.zeros(capacity, dtype=np.int32)
+        self._count = np.ones(capacity, dtype=np.int32)
+        self._wanted = np.zeros(capacity, dtype=np.int8)
+        # seq_id is a pointer per token: each points at that token's place in _owner
+        self._owners = self._owner.ctypes.data + 4 * np.arange(capacity, dtype=np.uintp)
+        fields = dict(api.llama_batch._fields_)
+        self.value = api.llama_batch(
+            n_tokens=0,
+            token=ctypes.cast(self._token.ctypes.data, fields["token"]),
+            embd=None,
+            pos=ctypes.cast(self._position.ctypes.data, fields["pos"]),
+            n_seq_id=ctypes.cast(self._count.ctypes.data, fields["n_seq_id"]),
+            seq_id=ctypes.cast(self._owners.ctypes.data, fields["seq_id"]),
+            logits=ctypes.cast(self._wanted.ctypes.data, fields["logits"]),
+        )
+
+    def fill(
+        self,
+        tokens: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        owners: npt.NDArray[np.int32],
+        wanted: npt.NDArray[np.bool_],
+    ) -> None:
+        count = len(tokens)
+        self._token[:count] = tokens
+        self._position[:count] = positions
+        self._owner[:count] = owners
+        self._wanted[:count] = wanted
+        self.value.n_tokens = count
+
+
+def _groups(
+    sequences: Sequence[Sequence[int]], most: int, batch: int, context: int
+) -> Iterator[tuple[int, list[Sequence[int]]]]:
+    """Consecutive sequences that fit in one batch, with the place of the first."""
+    group: list[Sequence[int]] = []
+    start = 0
+    for place, ids in enumerate(sequences):
+        if not 0 < len(ids) <= context:
+            raise UsageError(f"embed: sequence {place} has {len(ids)} tokens, expected 1 to {context}")
+        if group and (len(group) == most or sum(map(len, group)) + len(ids) > batch):
+            yield start, group
+            group, start = [], place
+        group.append(ids)
+    if group:
+        yield start, group
+
+
+def toolchain() -> dict[str, str]:
+    """Versions of what computed the numbers: bindings, llama.cpp, ggml and its commit, and the CPU features in use."""
+    api: Any = bindings()
+    record = {
+        "llama_cpp_python": str(api.__version__),
+        "llama_cpp": api.llama_version().decode(),
+        "system_info": api.llama_print_system_info().decode().strip(),
+    }
+    with _ggml_base(Path(api.__file__).parent / "lib") as library:
+        for key, symbol in {"ggml": "ggml_version", "llama_cpp_commit": "ggml_commit"}.items():
+            function = getattr(library, symbol, None)
+            if function is not None:
+                function.restype = ctypes.c_char_p
+                record[key] = function().decode()
+    return record
+
+
+@contextmanager
+def _ggml_base(folder: Path) -> Iterator[ctypes.CDLL | None]:
+    """The ggml-base library beside llama.cpp's, which knows its version and commit."""
+    for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll"):
+        if (folder / name).is_file():
+            yield ctypes.CDLL(str(folder / name))
+            return
+    yield None

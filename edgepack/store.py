@@ -1,0 +1,437 @@
+"""Content-addressed, crash-safe folders: the result of a step is made once, and found whole or not at all.
+
+    <root>/done/<key>/            finished entries (see `entries.py`); a rename into here is the only commit point
+    <root>/tmp/<what>.<random>/   work in progress; its folder is locked by its maker, so that a dead one's can be told
+    <root>/released/<key>.json    where large files of an entry went
+    <root>/bad/<key>.<random>/    entries found damaged, kept for a look
+    <root>/locks/<key>            so that two builds do not do the same work
+
+The key is the SHA-256 of a step's name and inputs; the caller MUST put in everything that changes the result: options,
+versions, digests of input files; never paths or times. Correctness rests on the rename and on hashing what is read; the
+locks only save work, and keep `gc` away from entries that a living process uses. Killed at any call, a rerun goes on from
+what is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgepack import locks
+from edgepack.canonical import canonical_json
+from edgepack.entries import MANIFEST, Damaged, FileRecord, Released, key_of, read, seal
+from edgepack.errors import InputRefused, StorageError
+from edgepack.files import clone, copy, discard, remove, storage_error, storage_errors, sync_folder, write_atomic
+from edgepack.publish import published_place
+from edgepack.strict_json import parse_object
+
+_log = logging.getLogger(__name__)
+
+_COPIED_BELOW = 256 << 20  # bytes; a smaller file is copied in under a second and stays in its entry
+_ABANDONED_SECONDS = 7 * 86400  # of a temporary folder, where the file system has no locks to tell
+_PLACES_KEPT = 8  # of a released file
+_CACHEDIR_TAG = b"""Signature: 8a477f597d28d172789f06886806bc55
+# Backup programs skip this folder (https://bford.info/cachedir/). edgepack keeps results of build steps here; it can be
+# removed at any time.
+"""
+_HINT = "Set EDGEPACK_CACHE to a folder that can be written and has room."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished step.
+
+    Args:
+        key: SHA-256 of the step's name and inputs.
+        path: Its folder in the store. Read only.
+        cached: It was there before.
+        files: By the name they were made with, `/` between folders.
+    """
+
+    key: str
+    path: Path
+    cached: bool
+    files: Mapping[str, FileRecord]
+
+
+class Store:
+    """A store of step results, safe to share between processes.
+
+    Entries that a store has handed out are in use until it is closed or collected: `gc` leaves them.
+
+    Args:
+        root: Its folder, created when first written. None takes $EDGEPACK_CACHE, else `edgepack` in the platform's cache
+            folder ($XDG_CACHE_HOME, ~/.cache, ~/Library/Caches).
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = (root or default_root()).absolute()
+        self._done = self.root / "done"
+        self._tmp = self.root / "tmp"
+        self._ready = False
+        self._in_use: dict[str, int] = {}  # key -> descriptor of the entry's folder, with a shared lock
+        self._finalizer = weakref.finalize(self, _close_all, self._in_use)
+
+    def close(self) -> None:
+        """Let go of the entries in use."""
+        _close_all(self._in_use)
+
+    def step(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Entry:
+        """The entry for these inputs: found and checked, or made.
+
+        Args:
+            name: Of the step.
+            inputs: JSON-able; everything that changes the result (RFC 8785 numbers: no NaN, integers below 2^53).
+            make: Fills the empty folder it gets; sub-folders are fine. It must not return before its output is checked.
+
+        Returns:
+            The entry, every byte of it hashed in this call.
+
+        Raises:
+            StorageError: The store can't be written; the temporary folder is removed.
+            Exception: Whatever `make` raised; the temporary folder is removed.
+        """
+        key = key_of(name, inputs)
+        with self._storage_errors():
+            entry = self._find(key, keep=False)
+        if entry:
+            return entry
+        self._prepare()
+        with contextlib.ExitStack() as held:
+            with self._storage_errors():
+                held.enter_context(locks.waiting(self.root / "locks" / key, f"making {name}"))
+                entry = self._find(key, keep=True)
+            return entry or self._make(key, name, inputs, make)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A temporary folder on the store's file system, removed at the end of the block whatever happens."""
+        self._prepare()
+        with self._temporary("scratch") as (folder, _):
+            yield folder
+
+    def release(self, entry: Entry, file: str, destination: Path) -> None:
+        """Put a file of an entry at `destination`, without writing a large one twice.
+
+        Blocks are shared where the file system can; else a file below 256 MB is copied. A larger one gets a second name
+        (a hard link; a copy on another file system), and leaves the entry as soon as its place is final: at once, or, inside
+        a folder that `publish` is building, when `settle` is called after it. Its place is remembered, and a later `step`
+        finds it there if it is unchanged.
+
+        Args:
+            entry: From `step` of this store.
+            file: A key of `entry.files`.
+            destination: Outside the store; must not exist.
+
+        Raises:
+            StorageError: The file system refused, or the destination exists.
+        """
+        record = entry.files[file]
+        with storage_errors(destination):
+            inside = record.path == entry.path / file
+            if not inside or record.size < _COPIED_BELOW:
+                copy(record.path, destination)
+                return
+            if clone(record.path, destination):
+                return
+            final = published_place(destination)
+            self._remember(entry.key, file, [place for place in (final, destination) if place])
+            try:
+                os.link(record.path, destination, follow_symlinks=False)
+            except FileExistsError:
+                raise
+            except OSError:  # another file system, or one without links
+                copy(record.path, destination)
+            if final is None:
+                self.settle(entry)
+
+    def settle(self, entry: Entry) -> None:
+        """Take released large files out of the entry, once they are where they stay. To be called after `publish`.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        released = self._released(entry.key)
+        with storage_errors(entry.path):
+            for file, places in released.items():
+                own = entry.path / file
+                if any(published_place(place) is None and _took_over(place, own) for place in places):
+                    own.unlink(missing_ok=True)
+                    sync_folder(own.parent)
+
+    def size(self) -> int:
+        """Bytes of everything in the store, released files not counted."""
+        with storage_errors(self.root):
+            return _tree_bytes(self.root)
+
+    def gc(self, keep_bytes: int = 0) -> int:
+        """Remove damaged and abandoned folders, then the entries longest unused, until at most `keep_bytes` remain.
+
+        Entries in use by any process stay, and so does work in progress.
+
+        Returns:
+            Bytes removed.
+
+        Raises:
+            StorageError: The store can't be written.
+        """
+        self._prepare()
+        before = self.size()
+        with storage_errors(self.root), locks.waiting(self.root / "locks" / "gc", "cleaning the store"):
+            remove(self.root / "bad")
+            self._clean()
+            folders = sorted(self._done.iterdir(), key=_last_used)
+            left = {folder: _tree_bytes(folder) for folder in folders}
+            for folder in folders:
+                if sum(left.values()) <= keep_bytes:
+                    break
+                if self._evict(folder):
+                    del left[folder]
+            for lock in (self.root / "locks").iterdir():
+                if lock.name != "gc" and not os.path.lexists(self._done / lock.name):
+                    _remove_unused(lock)
+        return before - self.size()
+
+    def _find(self, key: str, *, keep: bool) -> Entry | None:
+        """The whole entry of `key`, in use from now on; or None, and with `keep` the way is clear for a new one."""
+        folder = self._done / key
+        while os.path.lexists(folder):
+            try:
+                descriptor = locks.open_folder(folder)
+            except OSError:
+                if not keep:
+                    return None
+                self._set_aside(folder, "is no folder")
+                continue
+            kept = False
+            try:
+                locks.take(descriptor, shared=True)
+                if not locks.is_at(descriptor, folder):
+                    continue
+                files = read(folder, self._released(key))
+                with contextlib.suppress(OSError):  # a store that can only be read is good for that
+                    os.utime(folder / MANIFEST)
+                kept = True
+            except locks.Busy:  # `gc` is about to take it away
+                time.sleep(0.01)
+                continue
+            except Damaged as problem:
+                if not keep:
+                    return None
+                self._set_aside(folder, str(problem), gone=isinstance(problem, Released))
+                continue
+            finally:
+                if not kept:
+                    os.close(descriptor)
+            self._use(key, descriptor)
+            entry = Entry(key, folder, True, files)
+            return self._settled(entry)
+        return None
+
+    def _settled(self, entry: Entry) -> Entry:
+        # A process killed between `publish` and `settle` leaves a file with two names.
+        linked = [name for name, file in entry.files.items() if file.path.parent == entry.path]
+        if not any(entry.files[name].path.lstat().st_nlink > 1 for name in linked):
+            return entry
+        with contextlib.suppress(StorageError):
+            self.settle(entry)
+        return Entry(entry.key, entry.path, entry.cached, read(entry.path, self._released(entry.key)))
+
+    def _make(self, key: str, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Entry:
+        folder = self._done / key
+        with self._temporary(key[:16]) as (work, descriptor):
+            try:
+                make(work)
+            except OSError as error:
+                raise storage_error(error, work) from error
+            with self._storage_errors():
+                files = seal(work, name, inputs)
+                while True:
+                    try:
+                        os.rename(work, folder)  # noqa: PTH104 (the commit point: never over an entry)
+                        break
+                    except OSError:
+                        if not os.path.lexists(folder):
+                            raise
+                    # Without locks another process may have been faster; the same inputs gave it the same result.
+                    if other := self._find(key, keep=True):
+                        return other
+                sync_folder(self._done)
+                with contextlib.suppress(locks.Busy):
+                    locks.take(descriptor, shared=True)
+                self._use(key, os.dup(descriptor))
+        moved = {path: FileRecord(file.size, file.sha256, folder / path) for path, file in files.items()}
+        return Entry(key, folder, False, moved)
+
+    def _use(self, key: str, descriptor: int) -> None:
+        if key in self._in_use:
+            os.close(self._in_use[key])
+        self._in_use[key] = descriptor
+
+    @contextlib.contextmanager
+    def _temporary(self, label: str) -> Iterator[tuple[Path, int]]:
+        with self._storage_errors():
+            folder, descriptor = self._new_temporary(label)
+        try:
+            yield folder, descriptor
+        finally:
+            try:
+                if locks.is_at(descriptor, folder):
+                    discard(folder)
+            finally:
+                os.close(descriptor)
+
+    def _new_temporary(self, label: str) -> tuple[Path, int]:
+        while True:
+            folder = self._tmp / f"{label}.{os.getpid()}.{os.urandom(6).hex()}"
+            folder.mkdir()
+            try:
+                descriptor = locks.open_folder(folder)
+            except FileNotFoundError:  # a process that cleans was faster than the lock
+                continue
+            with contextlib.suppress(locks.Busy):
+                locks.take(descriptor)
+                if locks.is_at(descriptor, folder):
+                    return folder, descriptor
+            os.close(descriptor)
+
+    def _prepare(self) -> None:
+        if self._ready:
+            return
+        with self._storage_errors():
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for name in ("tmp", "done", "bad", "released", "locks"):
+                (self.root / name).mkdir(exist_ok=True)
+            if not (self.root / "CACHEDIR.TAG").is_file():
+                write_atomic(self.root / "CACHEDIR.TAG", _CACHEDIR_TAG)
+            self._clean()
+        self._ready = True
+
+    def _clean(self) -> None:
+        """Remove the temporary folders of processes that are dead."""
+        for folder in self._tmp.iterdir():
+            with contextlib.suppress(OSError, locks.Busy):
+                descriptor = locks.open_folder(folder)
+                try:
+                    age = time.time() - os.fstat(descriptor).st_mtime
+                    if (locks.take(descriptor) or age > _ABANDONED_SECONDS) and locks.is_at(descriptor, folder):
+                        discard(folder)
+                finally:
+                    os.close(descriptor)
+
+    def _evict(self, folder: Path) -> bool:
+        try:
+            descriptor = locks.open_folder(folder)
+        except OSError:
+            remove(folder)
+            return True
+        try:
+            if not locks.take(descriptor) or not locks.is_at(descriptor, folder):
+                return False  # without locks nobody can tell what is in use
+            self._take_away(folder)
+            (self.root / "released" / f"{folder.name}.json").unlink(missing_ok=True)
+            return True
+        except locks.Busy:
+            return False
+        finally:
+            os.close(descriptor)
+
+    def _take_away(self, folder: Path) -> None:
+        with self._temporary("gone") as (grave, _):
+            folder.rename(grave / folder.name)  # at once for everyone; the removal may take its time
+
+    def _set_aside(self, folder: Path, problem: str, *, gone: bool = False) -> None:
+        if gone:
+            _log.info("entry %s: %s; it is made again", folder.name[:12], problem)
+            self._take_away(folder)
+            return
+        _log.warning("entry %s of the store is damaged: %s; it is made again", folder.name[:12], problem)
+        bad = self.root / "bad"
+        bad.mkdir(exist_ok=True)
+        for older in bad.glob(f"{folder.name}.*"):
+            discard(older)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(bad / f"{folder.name}.{os.urandom(4).hex()}")
+
+    def _released(self, key: str) -> dict[str, list[Path]]:
+        path = self.root / "released" / f"{key}.json"
+        try:
+            document = parse_object(path.read_bytes(), str(path))
+            return {str(file): [Path(place) for place in places] for file, places in document["files"].items()}
+        except (OSError, InputRefused, KeyError, TypeError, AttributeError):
+            return {}  # its files are missing then, which makes the entry damaged
+
+    def _remember(self, key: str, file: str, places: list[Path]) -> None:
+        released = self._released(key)
+        new = list(dict.fromkeys([place.absolute() for place in places] + released.get(file, [])))
+        released[file] = new[:_PLACES_KEPT]
+        files = {name: [str(place) for place in known] for name, known in released.items()}
+        document = {"schema_version": 1, "files": files}
+        write_atomic(self.root / "released" / f"{key}.json", canonical_json(document))
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            with storage_errors(self.root):
+                yield
+        except StorageError as error:
+            raise StorageError(error.message, hint=_HINT) from error
+
+
+def default_root() -> Path:
+    """$EDGEPACK_CACHE, or `edgepack` in the platform's cache folder."""
+    if chosen := os.environ.get("EDGEPACK_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path("~/Library/Caches/edgepack").expanduser()
+    # XDG base directory specification: a relative path is to be ignored.
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "edgepack"
+
+
+def _took_over(place: Path, own: Path) -> bool:
+    """Whether `place` makes the entry's own copy superfluous: the same file, or a copy of it on another file system."""
+    try:
+        there, here = place.lstat(), own.lstat()
+    except OSError:
+        return False
+    return os.path.samestat(there, here) or (there.st_dev != here.st_dev and there.st_size == here.st_size)
+
+
+def _last_used(folder: Path) -> float:
+    try:
+        return (folder / MANIFEST).lstat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _tree_bytes(path: Path) -> int:
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):  # removed meanwhile
+                total += Path(folder, name).lstat().st_size
+    return total
+
+
+def _remove_unused(lock: Path) -> None:
+    with contextlib.suppress(OSError, locks.Busy):
+        descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if locks.take(descriptor):
+                lock.unlink()
+        finally:
+            os.close(descriptor)
+
+
+def _close_all(descriptors: dict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])

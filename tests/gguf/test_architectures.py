@@ -1,0 +1,185 @@
+"""Every row of the table against transformers: the same logits from the GGUF in llama.cpp, in float32."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import Case, embedding, logits, make, prompts
+
+from edgepack.gguf.convert import plan_layout, write
+from edgepack.gguf.model import ModelSpec, describe
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0}
+FACTORS = {"short_factor": [1.0 + 0.1 * i for i in range(6)], "long_factor": [1.5 + 0.7 * i for i in range(6)]}
+
+
+def older_rope(config: dict) -> None:
+    """`rope_theta` and `rope_scaling`, as transformers 4 wrote them."""
+    scaling = config.pop("rope_parameters")
+    if "full_attention" in scaling:
+        config["rope_local_base_freq"] = scaling["sliding_attention"]["rope_theta"]
+        scaling = scaling["full_attention"]
+        for key in ("layer_types", "_sliding_window_pattern"):
+            config.pop(key)
+    config["rope_theta"] = scaling.pop("rope_theta")
+    scaling["type"] = scaling["rope_type"]
+    config["rope_scaling"] = scaling if scaling["type"] != "default" else None
+
+
+def no_class(config: dict) -> None:
+    del config["architectures"]
+
+
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "num_hidden_layers": 4, "sliding_window": 24}
+MASKED = {"num_key_value_heads": 4, "type_vocab_size": 2, "max_position_embeddings": 130}
+CASES: dict[str, Case] = {
+    "llama-2": Case("Llama", {"num_key_value_heads": 4}),
+    "llama-tied-biases": Case("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama-3.1": Case("Llama", {"rope_parameters": LLAMA3}, lengths=(7, 300)),
+    "llama-3.1-older-config": Case("Llama", {"rope_parameters": LLAMA3}, lengths=(300,), rewrite=older_rope),
+    "llama-head-dim": Case("Llama", {"head_dim": 24, "rms_norm_eps": 1e-3}),
+    "llama-linear": Case("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama-yarn": Case("Llama", {"rope_parameters": YARN}, lengths=(7, 200)),
+    "llama-yarn-attention-factor": Case(
+        "Llama", {"rope_parameters": YARN | {"attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0}}
+    ),
+    "llama-yarn-mscale": Case("Llama", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}),
+    "llama-dynamic": Case("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
+    "mistral": Case("Mistral", {"sliding_window": None, "head_dim": 24}),
+    "mistral-window": Case("Mistral", {"sliding_window": 40}, lengths=(7, 40)),
+    "qwen2": Case("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-yarn": Case("Qwen2", {"rope_parameters": YARN}, lengths=(7, 200), rewrite=older_rope),
+    "qwen3": Case("Qwen3", {"head_dim": 24, "tie_word_embeddings": True}, rewrite=no_class),
+    "qwen3-biases": Case("Qwen3", {"head_dim": 32, "attention_bias": True}),
+    "gemma": Case("Gemma", {"head_dim": 32, "num_key_value_heads": 1}, gelu=True),
+    "gemma-2": Case("Gemma2", GEMMA, gelu=True),
+    "gemma-3": Case("Gemma3Text", GEMMA | {"layer_types": ["sliding_attention", "full_attention"] * 2}, gelu=True),
+    "gemma-3-older-config": Case(
+        "Gemma3Text",
+        GEMMA
+        | {
+            "num_hidden_layers": 7,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+        rewrite=older_rope,
+        gelu=True,
+    ),
+    "phi-3": Case("Phi3"),
+    "phi-3-longrope-short": Case(
+        "Phi3",
+        {
+            "rope_parameters": LONGROPE | FACTORS | {"partial_rotary_factor": 0.75},
+            "original_max_position_embeddings": 256,
+        },
+        lengths=(7, 250),
+        context=256,
+    ),
+    "phi-3-longrope-long": Case(
+        "Phi3",
+        {
+            "rope_parameters": LONGROPE | FACTORS | {"partial_rotary_factor": 0.75},
+            "original_max_position_embeddings": 256,
+        },
+        lengths=(270,),
+        context=512,
+    ),
+    "smollm3": Case("SmolLM3", {"num_hidden_layers": 5}),
+    "granite": Case(
+        "Granite",
+        {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 0.5,
+            "attention_bias": True,
+        },
+    ),
+    "olmo-2": Case("Olmo2"),
+    "olmo-2-tied": Case("Olmo2", {"tie_word_embeddings": True}),
+    "olmo-3": Case("Olmo3", {"num_hidden_layers": 5, "sliding_window": 24}),
+    "gpt-2": Case("GPT2", {"num_key_value_heads": 4}, "LMHeadModel", gelu=True),
+    "bert-mean": Case("Bert", MASKED, "Model", pooling="mean", tokenizer="wordpiece", lengths=(7, 90), gelu=True),
+    "bert-cls": Case("Bert", MASKED, "Model", pooling="cls", tokenizer="wordpiece", gelu=True),
+    "bert-masked-lm": Case(
+        "Bert", MASKED, "ForMaskedLM", pooling="mean", modules=False, tokenizer="wordpiece", gelu=True
+    ),
+    "xlm-roberta": Case(
+        "XLMRoberta", MASKED | {"type_vocab_size": 1}, "Model", pooling="mean", tokenizer="unigram", gelu=True
+    ),
+    "roberta": Case("Roberta", MASKED | {"type_vocab_size": 1}, "Model", pooling="cls", gelu=True),
+    "qwen3-embedding": Case("Qwen3", {"head_dim": 24, "tie_word_embeddings": True}, "Model", pooling="lasttoken"),
+}
+
+
+class Proof:
+    """What both engines computed for one case."""
+
+    def __init__(self, case: Case, spec: ModelSpec, reference: list[np.ndarray], gguf: Path) -> None:
+        self.case, self.spec, self.reference, self.gguf = case, spec, reference, gguf
+
+    @property
+    def found(self) -> list[np.ndarray]:
+        arrays = np.load(self.gguf.with_suffix(".npz"))
+        return [arrays[str(i)] for i in range(len(self.reference))]
+
+
+@pytest.fixture(scope="module")
+def proofs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Proof]:
+    """Make, convert and run every case; one llama.cpp process for all."""
+    root = tmp_path_factory.mktemp("architectures")
+    proofs, jobs = {}, []
+    for seed, (name, case) in enumerate(CASES.items()):
+        folder = root / name
+        folder.mkdir()
+        model = make(case, folder, seed)
+        texts = prompts(case, seed)
+        if case.pooling:
+            reference = [embedding(model, ids, case.pooling) for ids in texts]
+        else:
+            reference = [logits(model, ids) for ids in texts]
+        spec = describe(folder)
+        (gguf,) = write(spec, plan_layout(spec, "F32"), root, stem=name, threads=2)
+        proofs[name] = Proof(case, spec, reference, gguf)
+        jobs.append({"gguf": str(gguf), "context": case.context, "prompts": texts, "embed": bool(case.pooling)})
+    plan = root / "jobs.json"
+    plan.write_text(json.dumps(jobs))
+    child = Path(__file__).parent / "llama_child.py"
+    done = subprocess.run([sys.executable, str(child), str(plan)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return proofs
+
+
+def log_softmax(values: np.ndarray) -> np.ndarray:
+    shifted = values.astype(np.float64) - values.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.pooling])
+def test_llama_cpp_gives_the_logits_of_transformers(proofs: dict[str, Proof], name: str) -> None:
+    proof = proofs[name]
+    for reference, found in zip(proof.reference, proof.found, strict=True):
+        expected, actual = log_softmax(reference), log_softmax(found)
+        kld = (np.exp(expected) * (expected - actual)).sum(-1)
+        print(name, len(reference), "kld", kld.mean(), "max", np.abs(expected - actual).max(), "std", reference.std())
+        assert kld.mean() < 1e-6
+        assert np.abs(expected - actual).max() < (2e-3 if proof.case.gelu else 1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.pooling])
+def test_llama_cpp_gives_the_embeddings_of_transformers(proofs: dict[str, Proof], name: str) -> None:
+    proof = proofs[name]
+    for reference, found in zip(proof.reference, proof.found, strict=True):
+        cosine = found @ reference / np.linalg.norm(found) / np.linalg.norm(reference)
+        print(name, "1-cos", 1 - cosine, "max", np.abs(found - reference).max(), np.abs(reference).max())
+        assert cosine > 1 - 1e-6

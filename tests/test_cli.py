@@ -1,0 +1,120 @@
+"""The command line as a user meets it: a process, its stdout, its stderr, its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "models" / "tiny-llama-5m"
+
+
+def edgepack(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "edgepack.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=120,
+    )
+
+
+def test_help_answers_in_under_0_3_seconds() -> None:
+    def once() -> float:
+        started = time.perf_counter()
+        assert edgepack("--help").returncode == 0
+        return time.perf_counter() - started
+
+    assert min(once() for _ in range(5)) < 0.3
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, edgepack.cli; print(sorted({'numpy', 'torch', 'transformers', 'llama_cpp', 'rich', 'tokenizers', 'huggingface_hub'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+COMMANDS = (["build"], ["plan"], ["validate"], ["verify"], ["inspect"], ["compare"], ["doctor"], ["targets", "list"], ["targets", "show"], ["targets", "copy"])
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help_that_says_what_it_does(command: list[str]) -> None:
+    answer = edgepack(*command, "--help")
+    assert answer.returncode == 0
+    assert len(answer.stdout.splitlines()[2].strip()) > 20
+
+
+def test_a_mistyped_command_is_a_usage_error_with_a_suggestion() -> None:
+    answer = edgepack("biuld", "x")
+    assert answer.returncode == 2
+    assert "build" in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_a_mistyped_target_is_refused_with_the_nearest_name() -> None:
+    answer = edgepack("plan", str(EXAMPLE), "-t", "labtop")
+    assert answer.returncode == 2
+    assert "laptop" in answer.stderr
+
+
+def test_an_error_is_one_json_document_on_stdout_too() -> None:
+    answer = edgepack("plan", str(EXAMPLE), "-t", "labtop", "--json")
+    document = json.loads(answer.stdout)
+    assert document["schema_version"] == 1
+    assert document["error"]["exit_code"] == answer.returncode == 2
+
+
+def test_a_usage_error_of_the_parser_is_a_json_document_too() -> None:
+    answer = edgepack("plan", "--json")
+    assert json.loads(answer.stdout)["error"]["type"] == "UsageError"
+    assert answer.returncode == 2
+
+
+def test_a_model_that_is_nowhere_is_named() -> None:
+    answer = edgepack("plan", "./no-such-model", "-t", "laptop")
+    assert answer.returncode == 2
+    assert "no-such-model" in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_a_plan_names_the_quantization_and_its_cost_without_writing_anything(tmp_path: Path) -> None:
+    answer = edgepack("plan", str(EXAMPLE), "-t", "laptop", "--json", EDGEPACK_CACHE=str(tmp_path / "store"))
+    document = json.loads(answer.stdout)
+    assert answer.returncode == 0, answer.stderr
+    assert document["feasible"] and document["prediction"]["artifact_bytes"] > 1_000_000
+    assert document["quantize"] in {candidate["quantize"] for candidate in document["candidates"]}
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_plan_that_can_not_fit_ends_with_status_3_and_says_by_how_much() -> None:
+    answer = edgepack("plan", str(EXAMPLE), "-t", "laptop", "--set", "budget.disk_mb=1")
+    assert answer.returncode == 3
+    assert "Q2_K" in answer.stderr and "over the budget" in answer.stderr and "would fit" in answer.stderr
+
+
+def test_a_dry_run_touches_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "package"
+    answer = edgepack("build", str(EXAMPLE), "-t", "laptop", "-o", str(output), "--dry-run", EDGEPACK_CACHE=str(tmp_path / "store"))
+    assert answer.returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_never_replaced_without_force(tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "mine.txt").write_text("precious")
+    answer = edgepack("build", str(EXAMPLE), "-t", "laptop", "-o", str(tmp_path / "package"))
+    assert answer.returncode == 2
+    assert "--force" in answer.stderr
+    assert (tmp_path / "package" / "mine.txt").read_text() == "precious"
+
+
+def test_targets_show_prints_toml_that_loads_again(tmp_path: Path) -> None:
+    copy = tmp_path / "mine.toml"
+    copy.write_text(edgepack("targets", "show", "jetson").stdout)
+    assert edgepack("plan", str(EXAMPLE), "-t", str(copy)).returncode == 0
+
+
+def test_no_colour_codes_reach_a_pipe() -> None:
+    assert "\x1b[" not in edgepack("targets", "list").stdout
