@@ -6,15 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepack import steps
+from edgepack import source_index, steps
 from edgepack.events import Listener, step
 from edgepack.measurement import Measurement
 from edgepack.store import Entry, Store
+from edgepack.toolchain import versions
 
 if TYPE_CHECKING:
     from edgepack.package import Package
     from edgepack.plan import Plan
     from edgepack.source import Source
+
+
+# What of the evidence says that the artifact is its source, in the order of the checks.
+CONFORMANCE = ("tokens", "chat", "logits", "reference")
+LICENCE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+LICENCE_BYTES = 1 << 20
 
 
 class Build:
@@ -98,7 +105,78 @@ class Build:
         rows: list[Measurement],
         samples: list[dict[str, Any]],
     ) -> Package:
-        raise NotImplementedError
+        from edgepack.measure.machine import machine
+        from edgepack.package import read_package, write_package
+        from edgepack.publish import publish
+
+        plan, target = self.plan, self.plan.target
+        models = [name for name in entry.files if name.endswith(".gguf")]
+
+        def place(folder: Path) -> None:
+            for name in models:
+                self.shop.store.release(entry, name, folder / name)
+
+        def write(folder: Path) -> None:
+            write_package(
+                folder,
+                name=self.source.name,
+                target=target,
+                source=self.source,
+                recipe=self._recipe(report),
+                toolchain=versions() | {"ggml": report["ggml"]},
+                runtime=self._runtime(),
+                measurements=rows,
+                measured_on=machine(),
+                plan=plan.as_json(),
+                artifact=place,
+                samples=samples,
+                conformance={name: evidence[name] for name in CONFORMANCE if name in evidence},
+                licences=licence_texts(self.source.path),
+                known_sha256={f"model/{name}": entry.files[name].sha256 for name in models},
+            )
+
+        published = publish(write, output, force=force)
+        self.shop.store.settle(entry)
+        source_index.remember(self.shop.store, self.source)
+        return read_package(published)
+
+    def _recipe(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Every option that shaped the artifact, with what came of it for each tensor."""
+        quantize = self.plan.target.quantize
+        return {
+            "format": self.plan.format,
+            "quantize": self.plan.quantize,
+            "chosen_by": self.plan.chosen_by,
+            "overrides": dict(quantize.tensors),
+            "imatrix_sha256": steps.sha256(quantize.imatrix) if quantize.imatrix else None,
+            "allow_nonfinite": quantize.allow_nonfinite,
+            "nonfinite": report["nonfinite"],
+            "shard_mb": self.plan.target.delivery.shard_mb,
+            "architecture": self.plan.architecture,
+            "parameters": self.plan.parameters,
+            "context": self.plan.context,
+            "embedding": self.plan.embedding,
+            "types": report["types"],
+        }
+
+    def _runtime(self) -> dict[str, Any]:
+        runtime = self.plan.target.runtime
+        return {
+            "engine": runtime.engine,
+            "min_version": runtime.min_version,
+            "threads": runtime.threads,
+            "context": self.plan.context,
+            "gpu_layers": runtime.gpu_layers,
+            "embedding": self.plan.embedding,
+        }
+
+
+def licence_texts(source: Path) -> dict[str, bytes]:
+    """Licence files that lie beside the weights, by name."""
+    if source.is_file():
+        return {}
+    found = sorted(path for path in source.iterdir() if path.name.upper().startswith(LICENCE_NAMES) and path.is_file())
+    return {path.name: path.read_bytes() for path in found if path.stat().st_size <= LICENCE_BYTES}
 
 
 def _main_file(entry: Entry) -> tuple[Path, str]:

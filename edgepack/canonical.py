@@ -19,7 +19,7 @@ def canonical_json(value: Any) -> bytes:
 
     Raises:
         TypeError: Another type in it, or a key that is no string.
-        ValueError: NaN or infinity, an integer beyond +-(2^53 - 1), a lone surrogate.
+        ValueError: NaN or infinity, a lone surrogate, an integer beyond +-(2^53 - 1) that is no double's shortest text.
     """
     return _encode(value).encode()
 
@@ -35,9 +35,7 @@ def _encode(value: Any) -> str:
     if isinstance(value, str):
         return _string(value)
     if isinstance(value, int):
-        if abs(value) > _LARGEST_INTEGER:
-            raise ValueError(f"integer {value} is beyond +-(2^53 - 1), the range that JSON readers keep exact")
-        return str(int(value))
+        return _integer(int(value))
     if isinstance(value, float):
         return _number(value)
     if isinstance(value, Mapping):
@@ -58,6 +56,15 @@ def _utf16(text: str) -> bytes:
 def _string(text: str) -> str:
     text.encode()  # a lone surrogate has no UTF-8 form: UnicodeEncodeError is a ValueError
     return json.dumps(str(text), ensure_ascii=False)  # escapes exactly what RFC 8785 section 3.2.2.2 lists
+
+
+def _integer(value: int) -> str:
+    # What a large float was written as reads back as an integer, and must be written the same again.
+    if abs(value) > _LARGEST_INTEGER and (abs(value) >= 10**21 or _number(float(value)) != str(value)):
+        raise ValueError(
+            f"an integer of {value.bit_length()} bits is beyond +-(2^53 - 1), the range that JSON readers keep exact"
+        )
+    return str(value)
 
 
 def _number(value: float) -> str:

@@ -31,6 +31,7 @@ _JSON_LIMITS: Mapping[str, int] = MappingProxyType(
     | {"added_tokens.json": 16 * _MIB, "special_tokens_map.json": 16 * _MIB, INDEX_FILE: MAX_INDEX_BYTES}
 )
 _TEXT_LIMITS: Mapping[str, int] = MappingProxyType({"vocab.txt": 32 * _MIB, "merges.txt": 32 * _MIB})
+MAX_TENSORS = 200_000  # DeepSeek-V3, the one with most among the published, has 91,991
 MAX_TEMPLATE_BYTES = 64 << 10  # the chat template is run, in a sandbox, by whoever renders a chat
 
 _NUMPY: Mapping[str, str] = MappingProxyType(
@@ -169,7 +170,10 @@ def _read_headers(path: Path, files: tuple[str, ...]) -> dict[str, TensorInfo]:
             raise InputRefused(
                 f"{path}: {name} is missing, and {INDEX_FILE} names it", hint="The download is incomplete; fetch it."
             )
-        for tensor in read_header(real, str(path / name))[0]:
+        found = read_header(real, str(path / name))[0]
+        if len(tensors) + len(found) > MAX_TENSORS:
+            raise InputRefused(f"{path}: more than {MAX_TENSORS:,} tensors")
+        for tensor in found:
             if tensor.name in tensors:
                 raise InputRefused(f"{path}: tensor {tensor.name} is both in {homes[tensor.name]} and in {name}")
             tensors[tensor.name] = tensor

@@ -27,12 +27,18 @@ class Terminated(BaseException):
 
 
 # Shared options, one decorator each.
-_target = click.option("-t", "--target", required=True, metavar="NAME|FILE", help="Built-in profile, or your own .toml.")
+_target = click.option(
+    "-t", "--target", required=True, metavar="NAME|FILE", help="Built-in profile, or your own .toml."
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-_set = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one profile key, e.g. budget.disk_mb=500.")
+_set = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one profile key, e.g. budget.disk_mb=500."
+)
 _format = click.option("--format", type=click.Choice(["gguf", "onnx"]), help="Instead of the profile's choice.")
 _quantize = click.option("--quantize", metavar="NAME", help="A preset such as Q4_K_M, instead of the best that fits.")
-_evaluation = click.option("--evaluation", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure fidelity on.")
+_evaluation = click.option(
+    "--evaluation", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure fidelity on."
+)
 _quiet = click.option("-q", "--quiet", is_flag=True, help="No steps, no progress.")
 _verbose = click.option("-v", "--verbose", is_flag=True, help="More about each step.")
 
@@ -40,7 +46,7 @@ _verbose = click.option("-v", "--verbose", is_flag=True, help="More about each s
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=DOCS)
 @click.version_option(package_name="edgepack", message="edgepack %(version)s")
 def cli() -> None:
-    """From a Hugging Face model to a package a device can run and a release pipeline can trust.
+    r"""From a Hugging Face model to a package a device can run and a release pipeline can trust.
 
     \b
       edgepack build ./my-model -t laptop
@@ -54,11 +60,22 @@ def cli() -> None:
 @cli.command(epilog=DOCS)
 @click.argument("model")
 @_target
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Where the package goes; must not exist.  [default: <name>-<target>]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where the package goes; must not exist.  [default: <name>-<target>]",
+)
 @_format
 @_quantize
 @_set
-@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix in llama-imatrix's GGUF form.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Importance matrix in llama-imatrix's GGUF form.",
+)
 @_evaluation
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
@@ -66,10 +83,21 @@ def cli() -> None:
 @_quiet
 @_verbose
 def build(
-    model: str, target: str, output: Path | None, format: str | None, quantize: str | None, overrides: tuple[str, ...],
-    calibration: Path | None, evaluation: Path | None, dry_run: bool, force: bool, as_json: bool, quiet: bool, verbose: bool,
+    model: str,
+    target: str,
+    output: Path | None,
+    format: str | None,
+    quantize: str | None,
+    overrides: tuple[str, ...],
+    calibration: Path | None,
+    evaluation: Path | None,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
 ) -> None:
-    """Shrink MODEL to fit a device, prove it, and package it.
+    r"""Shrink MODEL to fit a device, prove it, and package it.
 
     \b
       edgepack build ./my-model -t jetson -o dist/my-model-jetson
@@ -103,13 +131,23 @@ def build(
 @_format
 @_quantize
 @_set
-@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix in llama-imatrix's GGUF form.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Importance matrix in llama-imatrix's GGUF form.",
+)
 @_json
 def plan(
-    model: str, target: str, format: str | None, quantize: str | None, overrides: tuple[str, ...],
-    calibration: Path | None, as_json: bool,
+    model: str,
+    target: str,
+    format: str | None,
+    quantize: str | None,
+    overrides: tuple[str, ...],
+    calibration: Path | None,
+    as_json: bool,
 ) -> None:
-    """Say what build would do: size, memory and speed, before any work.
+    r"""Say what build would do: size, memory and speed, before any work.
 
     \b
       edgepack plan ./my-model -t jetson
@@ -133,10 +171,17 @@ def plan(
 @_quiet
 @_verbose
 def validate(
-    package: Path, device: str, on_target: bool, source: str | None, overrides: tuple[str, ...],
-    evaluation: Path | None, as_json: bool, quiet: bool, verbose: bool,
+    package: Path,
+    device: str,
+    on_target: bool,
+    source: str | None,
+    overrides: tuple[str, ...],
+    evaluation: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
 ) -> None:
-    """Measure PACKAGE again, here or on a device, and judge it against its target's budgets.
+    r"""Measure PACKAGE again, here or on a device, and judge it against its target's budgets.
 
     \b
       edgepack validate dist/my-model-jetson --device ssh://jetson.local
@@ -160,7 +205,7 @@ def validate(
 @click.argument("package", type=click.Path(path_type=Path))
 @_json
 def verify(package: Path, as_json: bool) -> None:
-    """Check that every byte of PACKAGE is what its manifest says. Needs nothing but the folder.
+    r"""Check that every byte of PACKAGE is what its manifest says. Needs nothing but the folder.
 
     \b
       edgepack verify dist/my-model-jetson
@@ -183,7 +228,7 @@ def verify(package: Path, as_json: bool) -> None:
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @_json
 def inspect(path: Path, tensors: bool, as_json: bool) -> None:
-    """Say what is in PATH: a checkpoint folder, a GGUF file or a package.
+    r"""Say what is in PATH: a checkpoint folder, a GGUF file or a package.
 
     \b
       edgepack inspect model.gguf
@@ -208,10 +253,16 @@ def inspect(path: Path, tensors: bool, as_json: bool) -> None:
 @_json
 @_quiet
 def compare(
-    first: str, second: str, evaluation: Path | None, source: str | None, windows: int, no_speed: bool, as_json: bool,
+    first: str,
+    second: str,
+    evaluation: Path | None,
+    source: str | None,
+    windows: int,
+    no_speed: bool,
+    as_json: bool,
     quiet: bool,
 ) -> None:
-    """Put two artifacts of one model side by side: size, fidelity, speed.
+    r"""Put two artifacts of one model side by side: size, fidelity, speed.
 
     \b
       edgepack compare a.gguf b.gguf --evaluation text.txt
@@ -348,7 +399,9 @@ def _unexpected(error: Exception) -> EdgepackError:
     if isinstance(error, OSError):
         return StorageError(f"{error.strerror or error}: {error.filename or 'file system'}")
     if isinstance(error, MemoryError):
-        return StepError("out of memory", hint="Close other programs, or lower runtime.context and measure.windows with --set.")
+        return StepError(
+            "out of memory", hint="Close other programs, or lower runtime.context and measure.windows with --set."
+        )
     hint = "This is a defect in edgepack; run again with EDGEPACK_DEBUG=1 and report the traceback."
     return StepError(f"{type(error).__name__}: {error}", hint=hint)
 

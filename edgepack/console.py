@@ -48,7 +48,9 @@ def emit_note(text: str) -> None:
 
 def one_line(text: str) -> str:
     """Text from files and tools, made safe for a terminal: one line, control characters shown as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.strip().replace("\n", "; "))
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.strip().replace("\n", "; ")
+    )
 
 
 def emit_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
@@ -119,8 +121,15 @@ class StepPrinter:
         if not sys.stderr.isatty():
             return
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         amount = (DownloadColumn(), TransferSpeedColumn()) if event.unit == "bytes" else (MofNCompleteColumn(),)
         self._bar = Progress(

@@ -9,6 +9,7 @@ each make the entry `Damaged`. Does not know where entries live or how they come
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +18,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgepack.canonical import canonical_json, digest
-from edgepack.errors import EdgepackError, InputRefused, StepError
-from edgepack.files import sha256_of, storage_errors, sync_file, sync_tree
+from edgepack.errors import InputRefused, StepError, StorageError
+from edgepack.files import sha256_of, storage_errors, sync_file, sync_folder, sync_tree
 from edgepack.strict_json import parse_object
 
 MANIFEST = "MANIFEST.json"
 SCHEMA_VERSION = 1
 
 _MANIFEST_BYTES = 64 << 20  # some 400,000 files; more is no manifest of ours
+
+# Reasons not to be able to read a file that say nothing of the file.
+_OWN_TROUBLE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM}
 
 Places = Mapping[str, Sequence[Path]]
 
@@ -83,7 +87,7 @@ def seal(folder: Path, name: str, inputs: Mapping[str, Any]) -> dict[str, FileRe
         }
         (folder / MANIFEST).write_bytes(canonical_json(document))
         sync_file(folder / MANIFEST)
-        sync_tree(folder)
+        sync_folder(folder)
     return files
 
 
@@ -126,6 +130,7 @@ def read(folder: Path, released: Places) -> dict[str, FileRecord]:
 
     Raises:
         Damaged: Something is not as it was committed.
+        OSError, StorageError: It could not be told: no permission, no file descriptor, no memory.
     """
     listed = _manifest(folder)
     return {path: _check(folder, path, size, sha256, released.get(path, ())) for path, (size, sha256) in listed.items()}
@@ -146,7 +151,11 @@ def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
         if canonical_json(document) != data or not folder.name == document["key"] == key:
             raise Damaged(f"{MANIFEST} does not give the key of its entry")
         files = {str(row["path"]): (int(row["size"]), str(row["sha256"])) for row in document["files"]}
-    except (OSError, InputRefused, KeyError, TypeError, ValueError, RecursionError) as error:
+    except OSError as error:
+        if error.errno in _OWN_TROUBLE:
+            raise
+        raise Damaged(f"{MANIFEST} can't be read: {error.strerror}") from error
+    except (InputRefused, KeyError, TypeError, ValueError, RecursionError) as error:
         raise Damaged(f"{MANIFEST} can't be read: {type(error).__name__}: {error}") from error
     for name in files:
         pure = PurePosixPath(name)
@@ -183,6 +192,9 @@ def _difference(path: Path, size: int, sha256: str, *, links: bool) -> str:
         found = sha256_of(path)
     except FileNotFoundError:
         return "is missing"
-    except (OSError, EdgepackError) as error:
+    except (OSError, StorageError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _OWN_TROUBLE:
+            raise
         return f"can't be read: {error}"
     return "" if found == sha256 else f"has sha256 {found[:12]}..., {sha256[:12]}... was written"

@@ -35,11 +35,17 @@ _HINTS = {
 }
 
 
-def storage_error(error: OSError, path: Path) -> StorageError:
+def storage_error(error: OSError, path: Path | None = None) -> StorageError:
     """The `StorageError` for `error`: the path it names (else `path`), the system's reason, and what to do about it."""
     place = error.filename if isinstance(error.filename, str) else path
     reason = error.strerror or str(error)
-    return StorageError(f"{place}: {reason[:1].lower()}{reason[1:]}", hint=_HINTS.get(error.errno or 0))
+    message = f"{place}: {reason[:1].lower()}{reason[1:]}" if place else reason
+    return StorageError(message, hint=_HINTS.get(error.errno or 0))
+
+
+def is_storage_error(error: OSError) -> bool:
+    """Whether the file system refused (full, read-only, not allowed, failing), rather than the program being wrong."""
+    return error.errno in _HINTS
 
 
 @contextlib.contextmanager

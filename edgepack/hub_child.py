@@ -28,6 +28,7 @@ from edgepack.errors import EdgepackError, FetchError, StorageError, UsageError
 MAX_WAIT_SECONDS = 60  # longest Retry-After obeyed; the hub's windows are 5 minutes, a person should decide then
 ATTEMPTS = 4
 _INFO_SECONDS = 30.0  # model_info has no time limit of its own
+_CHUNK_BYTES = 1 << 20  # what a broken connection can lose, and the step of the progress; the default is 10 MiB
 _MIN_BYTES_PER_SECOND = 1024  # below that for three read timeouts, a download counts as stalled
 _ACCESS_HINT = "Check the spelling; for a private or gated model set HF_TOKEN or run `hf auth login`."
 _NETWORK_HINT = "Check the network and the proxy, or set HF_HUB_OFFLINE=1 to use what is already downloaded."
@@ -71,6 +72,7 @@ class Hub:
         import huggingface_hub
         from huggingface_hub import constants
 
+        constants.DOWNLOAD_CHUNK_SIZE = _CHUNK_BYTES
         self._endpoint = _origin(constants.ENDPOINT)
         self._stall_seconds = 3.0 * constants.HF_HUB_DOWNLOAD_TIMEOUT
         default = huggingface_hub.get_session()
@@ -87,7 +89,12 @@ class Hub:
         """Resolve a revision to a commit and list the files with size, sha256 (LFS) and git blob id."""
         from huggingface_hub import HfApi
 
-        info = _retried(lambda: HfApi().model_info(id, revision=revision, files_metadata=True, timeout=_INFO_SECONDS))
+        try:
+            info = _retried(
+                lambda: HfApi().model_info(id, revision=revision, files_metadata=True, timeout=_INFO_SECONDS)
+            )
+        except (KeyError, TypeError, AttributeError) as error:  # JSON, but not the hub's
+            raise explain(json.JSONDecodeError(str(error), "", 0), {"id": id}) from error
         return {
             "commit": info.sha,
             "gated": info.gated,
@@ -163,7 +170,7 @@ def _bar() -> type[Any]:
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **(options | {"disable": True}))
+            super().__init__(*args, **(options | {"disable": True}))  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:
             _send({"bytes": int(n or 0)})

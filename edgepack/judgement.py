@@ -13,14 +13,37 @@ if TYPE_CHECKING:
 
 # What only a model with logits has, and what only an embedder has; every other measurement applies to both.
 GENERATION = frozenset(
-    "mean_kld median_kld kld_p99 top1_agreement perplexity source_perplexity ttft_ms_p50 ttft_ms_p90 prefill_tokens_per_s "
-    "decode_tokens_per_s_p50 decode_tokens_per_s_p10".split()
+    [
+        "mean_kld",
+        "median_kld",
+        "kld_p99",
+        "top1_agreement",
+        "perplexity",
+        "source_perplexity",
+        "ttft_ms_p50",
+        "ttft_ms_p90",
+        "prefill_tokens_per_s",
+        "decode_tokens_per_s_p50",
+        "decode_tokens_per_s_p10",
+    ]
 )
-EMBEDDING = frozenset("cosine_mean cosine_p01 neighbour_agreement label_agreement latency_ms_p50 latency_ms_p90".split())
+EMBEDDING = frozenset(
+    ["cosine_mean", "cosine_p01", "neighbour_agreement", "label_agreement", "latency_ms_p50", "latency_ms_p90"]
+)
 # What depends on the machine it was measured on; fidelity and size do not.
 SPEED = frozenset(
-    "ttft_ms_p50 ttft_ms_p90 prefill_tokens_per_s decode_tokens_per_s_p50 decode_tokens_per_s_p10 decode_tokens_per_s_p90 "
-    "latency_ms_p50 latency_ms_p90 load_ms peak_rss_mb".split()
+    [
+        "ttft_ms_p50",
+        "ttft_ms_p90",
+        "prefill_tokens_per_s",
+        "decode_tokens_per_s_p50",
+        "decode_tokens_per_s_p10",
+        "decode_tokens_per_s_p90",
+        "latency_ms_p50",
+        "latency_ms_p90",
+        "load_ms",
+        "peak_rss_mb",
+    ]
 )
 
 
@@ -42,9 +65,12 @@ def judged(
     limits = {name: limit for name, limit in target.limits().items() if name not in apart}
     measured = {row["name"]: from_json(row) for row in rows}
     wanted = [name for name in (*limits, *predicted) if name not in measured]
-    missing = {name: Measurement(name, None, unit_of(name), measured_on=None, note=_why(name, target)) for name in wanted}
+    missing = {
+        name: Measurement(name, None, unit_of(name), measured_on=None, note=_why(name, target)) for name in wanted
+    }
     return [
-        judge(replace(row, predicted=predicted.get(name)), limits.get(name)) for name, row in (measured | missing).items()
+        judge(replace(row, predicted=predicted.get(name)), limits.get(name))
+        for name, row in (measured | missing).items()
     ]
 
 

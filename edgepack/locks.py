@@ -1,7 +1,7 @@
 """Advisory locks on open folders and files (flock(2)): the kernel drops them when their holder dies, however it dies.
 
-Nothing here is needed for correctness: locks keep two builds from doing the same work, and say which folders are in use. On
-file systems without locks (some NFS mounts) `take` answers None and the caller goes on without.
+Nothing here is needed for correctness: locks keep two builds from doing the same work, and say which folders are in
+use. On file systems without locks (some NFS mounts) `take` answers False and the caller goes on without.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
+_ABANDONED_SECONDS = 7 * 86400  # where the file system has no locks: no build takes a week
 _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
 
 
@@ -56,6 +57,49 @@ def is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False
+
+
+def new_folder(name: Callable[[], Path]) -> tuple[Path, int]:
+    """Create a folder and lock it: as long as the descriptor is open, everyone can tell that its maker lives.
+
+    Args:
+        name: Makes up a name; called again when one is taken.
+
+    Returns:
+        The folder, and the descriptor that the caller has to close.
+
+    Raises:
+        OSError: It can't be created.
+    """
+    while True:
+        folder = name()
+        try:
+            folder.mkdir()
+            descriptor = open_folder(folder)
+        except (FileExistsError, FileNotFoundError):  # a name that was taken; a cleaner that came before the lock
+            if not folder.parent.is_dir():
+                raise
+            continue
+        with contextlib.suppress(Busy):
+            take(descriptor)
+            if is_at(descriptor, folder):
+                return folder, descriptor
+        os.close(descriptor)
+
+
+def abandoned(folder: Path) -> int | None:
+    """A descriptor with the lock of a folder whose maker is dead, for the caller to close; None if it may be alive."""
+    try:
+        descriptor = open_folder(folder)
+    except OSError:
+        return None
+    with contextlib.suppress(Busy):
+        # Without locks only age can tell. A clock that was set back makes a folder look younger: it stays, no harm.
+        age = time.time() - os.fstat(descriptor).st_mtime
+        if (take(descriptor) or age > _ABANDONED_SECONDS) and is_at(descriptor, folder):
+            return descriptor
+    os.close(descriptor)
+    return None
 
 
 @contextlib.contextmanager

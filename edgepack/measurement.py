@@ -44,7 +44,12 @@ class Measurement:
 
     def as_json(self) -> dict[str, Any]:
         """The row as it stands in `validation.json`; absent optional fields are left out."""
-        row: dict[str, Any] = {"name": self.name, "value": self.value, "unit": self.unit, "measured_on": self.measured_on}
+        row: dict[str, Any] = {
+            "name": self.name,
+            "value": self.value,
+            "unit": self.unit,
+            "measured_on": self.measured_on,
+        }
         optional: dict[str, Any] = {
             "n": self.n,
             "ci95": list(self.ci95) if self.ci95 else None,
@@ -104,7 +109,7 @@ def judge(row: Measurement, limit: Mapping[str, float] | None) -> Measurement:
 
 
 def overall(rows: Iterable[Measurement]) -> PackageVerdict:
-    """The verdict of a package: `fail` when a budget is missed, `incomplete` when one could not be decided, else `pass`."""
+    """The verdict of a package: `fail` when a budget is missed, `incomplete` when one was not decided, else `pass`."""
     verdicts = {row.verdict for row in rows} - {None}
     if "fail" in verdicts:
         return "fail"

@@ -94,16 +94,17 @@ def build(
     """
     from edgepack.build import Build
     from edgepack.plan import make_plan
+    from edgepack.publish import check_output
 
     resolved = _target(target, overrides)
     destination = Path(output) if output is not None else None
     if destination is not None:
-        _refuse_existing(destination, force)
+        check_output(destination, force=force)
     text = _evaluation_text(evaluation)
     source = _resolve(model, listener)
     if destination is None:
         destination = Path(f"{source.name}-{resolved.name}")
-        _refuse_existing(destination, force)
+        check_output(destination, force=force)
     made = make_plan(source, resolved, format=format, quantize=quantize)
     listener(Event("note", "plan", _plan_in_words(made)))
     return Build(_hash(source, listener), made, text, listener).run(destination, force=force)
@@ -183,6 +184,30 @@ def validate(
     )
 
 
+def compare(
+    first: Path,
+    second: Path,
+    *,
+    evaluation: str | Path | None = None,
+    source: str | None = None,
+    windows: int = 40,
+    speed: bool = True,
+    listener: Listener = silent,
+) -> dict[str, Any]:
+    """Put two artifacts of one model side by side; see `edgepack.compare`."""
+    from edgepack import compare as comparison
+
+    return comparison.compare(
+        first,
+        second,
+        text=_evaluation_text(evaluation),
+        source=source,
+        windows=windows,
+        speed=speed,
+        listener=listener,
+    )
+
+
 def exit_status(package: Package) -> int:
     """0 when the package is within budget, 3 when it is not, as the contract of `build` says."""
     require = bool(package.manifest.get("require_on_device", False))
@@ -204,7 +229,7 @@ def _resolve(model: str | Path, listener: Listener) -> Source:
     from edgepack.source import resolve
 
     with step(listener, "source", str(model), unit="bytes") as handle:
-        source = resolve(str(model))
+        source = resolve(str(model), handle.progress)
         handle.outcome = source.name + (f" at {source.commit[:12]}" if source.commit else "")
     return source
 
@@ -216,11 +241,6 @@ def _hash(source: Source, listener: Listener) -> Source:
         hashed = hash_source(source, handle.progress)
         handle.outcome = f"{len(hashed.files)} files"
     return hashed
-
-
-def _refuse_existing(output: Path, force: bool) -> None:
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists", hint="Choose another folder with -o, or replace it with --force.")
 
 
 def _evaluation_text(evaluation: str | Path | None) -> Path:
@@ -235,6 +255,7 @@ def _evaluation_text(evaluation: str | Path | None) -> Path:
 
 def _plan_in_words(made: Plan) -> str:
     prediction = made.prediction
-    words = f"{made.quantize} ({made.chosen_by}), {prediction.artifact_bytes / 1e6:,.1f} MB, about {prediction.ram_mb:,.0f} MB of memory"
+    size = f"{prediction.artifact_bytes / 1e6:,.1f} MB, about {prediction.ram_mb:,.0f} MB of memory"
+    words = f"{made.quantize} ({made.chosen_by}), {size}"
     misses = "; ".join(miss.sentence() for miss in made.chosen.misses)
     return words + (f"; will miss: {misses}" if misses else "")

@@ -39,15 +39,16 @@ class Miss:
 
     def sentence(self) -> str:
         """The miss in words, with by how much."""
-        words = {
-            "artifact_bytes": lambda x: f"{x / MB:,.1f} MB on disk",
-            "peak_rss_mb": lambda x: f"{x:,.0f} MB of memory",
-            "decode_tokens_per_s_p10": lambda x: f"{x:,.1f} tokens/s at best",
-        }
-        show = words.get(self.budget, lambda x: f"{self.budget} {x:,.4g}")
         relation = "over" if self.predicted > self.limit else "under"
-        gap = abs(self.predicted - self.limit)
-        return f"{show(self.predicted)}, {show(gap).split(' at best')[0]} {relation} the budget"
+        gap = self._amount(abs(self.predicted - self.limit))
+        return f"{self._amount(self.predicted)}, {gap} {relation} the budget"
+
+    def _amount(self, value: float) -> str:
+        if self.budget == "artifact_bytes":
+            return f"{value / MB:,.1f} MB on disk"
+        if self.budget == "peak_rss_mb":
+            return f"{value:,.0f} MB of memory"
+        return f"{value:,.3g} tokens/s"
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def _nothing_fits(model: ModelSpec, target: Target, candidates: list[Candidate])
 
 
 def _what_would_fit(model: ModelSpec, target: Target, smallest: Candidate) -> str:
-    """Advice computed from the smallest candidate: a shorter context where the cache is at fault, else a smaller model."""
+    """Advice from the smallest candidate: a shorter context where the cache is at fault, else a smaller model."""
     advice = []
     by_name = {miss.budget: miss for miss in smallest.misses}
     memory = by_name.get("peak_rss_mb")
@@ -244,9 +245,10 @@ def _what_would_fit(model: ModelSpec, target: Target, smallest: Candidate) -> st
                 advice.append(f"--set runtime.context={shorter} would fit {smallest.quantize}")
     ratio = min((_room(miss) for miss in smallest.misses), default=1.0)
     if not advice:
+        fitting = f"about {model.parameters * ratio / 1e6:,.1f}M parameters would fit"
         advice.append(
-            f"at {smallest.prediction.bits_per_weight:.2f} bits per weight about "
-            f"{model.parameters * ratio / 1e6:,.0f}M parameters would fit, this model has {model.parameters / 1e6:,.0f}M"
+            f"at {smallest.prediction.bits_per_weight:.2f} bits per weight {fitting}, "
+            f"this model has {model.parameters / 1e6:,.1f}M"
         )
     budgets = ", ".join(f"budget.{_budget_key(name)}" for name in by_name)
     return "; ".join(advice) + f"; or raise {budgets} with --set"
@@ -280,5 +282,7 @@ def _imatrix(target: Target) -> Imatrix | None:
 
 
 def _steps(target: Target) -> tuple[str, ...]:
-    measured = [name for name, wanted in (("fidelity", target.measure.fidelity), ("latency", target.measure.latency)) if wanted]
+    measured = [
+        name for name, wanted in (("fidelity", target.measure.fidelity), ("latency", target.measure.latency)) if wanted
+    ]
     return ("export", "conform", *measured, "package")

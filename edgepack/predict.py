@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
 MB = 1_000_000
 
-# llama.cpp reserves its graph for a full micro-batch whose every position asks for logits (llama-context.cpp, graph_reserve).
+# llama.cpp reserves its graph for a full micro-batch whose every position asks for logits (llama-context.cpp,
+# graph_reserve).
 UBATCH = 512
-# Live activations of one layer at the widest point (gate and up projections side by side), in floats per token and FFN width.
-LIVE_FFN_ROWS = 2.5
-# llama.cpp's libraries, the vocabulary's tables and the process that drives them; measured on x86-64 Linux with tiny-llama-5m.
+# Live activations at the widest point of a layer, in floats per token and row of its widest matrix.
+LIVE_ROWS = 2.5
+# llama.cpp's libraries, the vocabulary's tables and the process that drives them, measured on x86-64 Linux.
 RUNTIME_MB = 60
-# Time per layer and token that does not depend on bytes: graph dispatch and thread barriers. Measured with tiny-llama-5m (x86-64, 2 threads).
+# Time per layer and token that does not depend on bytes: graph dispatch and thread barriers (x86-64, 2 threads).
 OVERHEAD_MS_PER_LAYER = 0.04
-# Observed tokens/s against bytes / (bandwidth x efficiency), over the published rows of docs/targets.md: between these factors.
+# Observed tokens/s lie between these factors of the estimate, over the published rows in docs/targets.md.
 SPEED_RANGE = (0.75, 1.35)
 
 
@@ -106,7 +107,7 @@ def _compute_bytes(model: ModelSpec) -> int:
     embedding = shapes.get("token_embd.weight", (0, 0))
     widest = max((t.rows for t in model.tensors if t.name.startswith("blk.")), default=0)
     vocabulary = 0 if model.embedding else embedding[0]
-    return int(UBATCH * 4 * (vocabulary + LIVE_FFN_ROWS * widest + 4 * embedding[1]))
+    return int(UBATCH * 4 * (vocabulary + LIVE_ROWS * widest + 4 * embedding[1]))
 
 
 def _decode_speed(model: ModelSpec, layout: Layout, target: Target, kv_bytes: int) -> float | None:

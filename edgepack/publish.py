@@ -1,7 +1,7 @@
 """Put a finished folder in its place: built beside it, moved there by one rename.
 
-`<parent>/.<name>.partial-<random>` is on the same file system as the output, so the rename can't fail half-way. What was
-at the output stays there, untouched, until the new folder is whole. Does not know what is in the folder.
+`<parent>/.<name>.partial-<random>` is on the same file system as the output, so the rename can't fail half-way. What
+was at the output stays there, untouched, until the new folder is whole. Does not know what is in the folder.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 
 from edgepack import locks
 from edgepack.errors import UsageError
-from edgepack.files import discard, remove, storage_error, storage_errors, sync_folder, sync_tree
+from edgepack.files import discard, remove, storage_errors, sync_folder, sync_tree
 
 _PACKAGE_MARK = "edgepack.json"  # what `--force` may replace: a package, or an empty folder
-_NAME_BYTES = 200  # of a temporary name; file systems allow 255
-_PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-[0-9a-f]{8}")
+_NAME_BYTES = 241  # file systems allow 255, and the temporary name is 14 longer
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-[0-9a-f]{4}")
 
 
 def publish(build: Callable[[Path], None], output: Path, *, force: bool = False) -> Path:
@@ -40,6 +40,10 @@ def publish(build: Callable[[Path], None], output: Path, *, force: bool = False)
     output = Path(os.path.abspath(output))  # noqa: PTH100 (a link at `output` must be seen, not followed)
     created: list[Path] = []
     with storage_errors(output):
+        if len(os.fsencode(output.name)) > _NAME_BYTES:
+            raise UsageError(
+                f"{output}: the name is longer than {_NAME_BYTES} bytes", hint="Choose a shorter one with -o."
+            )
         _recover(output)
         check_output(output, force=force)
         created = [parent for parent in output.parents if not parent.exists()]
@@ -81,3 +85,60 @@ def published_place(path: Path) -> Path | None:
         if match := _PARTIAL.fullmatch(parent.name):
             return parent.with_name(match["name"]) / path.relative_to(parent)
     return None
+
+
+def _publish(build: Callable[[Path], None], output: Path, force: bool) -> None:
+    partial, descriptor = locks.new_folder(lambda: output.with_name(f".{output.name}.partial-{os.urandom(2).hex()}"))
+    try:
+        build(partial)
+        sync_tree(partial)
+        check_output(output, force=force)  # hours may have passed
+        _swap(partial, output)
+    except BaseException:
+        discard(partial)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _swap(partial: Path, output: Path) -> None:
+    if not os.path.lexists(output):
+        partial.rename(output)
+        sync_folder(output.parent)
+        return
+    descriptor = locks.open_folder(output)
+    try:
+        locks.take(descriptor)
+        old = output.with_name(f".{output.name}.old-{os.urandom(2).hex()}")
+        output.rename(old)
+        try:
+            partial.rename(output)
+        except BaseException:
+            old.rename(output)
+            raise
+        sync_folder(output.parent)
+        remove(old)
+    except locks.Busy as error:
+        raise UsageError(
+            f"{output} is being replaced by another process", hint="Wait for it, or choose another."
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _recover(output: Path) -> None:
+    """Clear up what a killed `publish` of the same output left: its partial folder, and an old package set aside."""
+    if not output.parent.is_dir():
+        return
+    name = re.escape(output.name)
+    left = [
+        path for path in output.parent.iterdir() if re.fullmatch(rf"\.{name}\.(partial|old)-[0-9a-f]{{4}}", path.name)
+    ]
+    for path in left:
+        descriptor = locks.abandoned(path)
+        if descriptor is not None:
+            if ".old-" in path.name[-9:] and not os.path.lexists(output):
+                path.rename(output)
+            else:
+                discard(path)
+            os.close(descriptor)

@@ -86,7 +86,9 @@ def _measurement_row(row: Measurement) -> tuple[str, ...]:
         value += f" ± {(row.ci95[1] - row.ci95[0]) / 2:.2g}"
     budget = ""
     if row.budget:
-        budget = ", ".join(f"{ {'max': '≤', 'min': '≥'}[side] } {number(x, row.unit)}" for side, x in row.budget.items())
+        budget = ", ".join(
+            f"{ {'max': '≤', 'min': '≥'}[side] } {number(x, row.unit)}" for side, x in row.budget.items()
+        )
     verdict = (row.verdict or "").replace("_", " ")
     predicted = "" if row.predicted is None else number(row.predicted, row.unit)
     return (row.name, value, predicted, budget, verdict, "" if row.n is None else f"{row.n:,}", row.measured_on or "")
@@ -148,7 +150,11 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return " x ".join(_plain(item) for item in value) if all(isinstance(i, int) for i in value) else ", ".join(map(_plain, value))
+        return (
+            " x ".join(_plain(item) for item in value)
+            if all(isinstance(i, int) for i in value)
+            else ", ".join(map(_plain, value))
+        )
     return console.one_line(str(value))
 
 
@@ -177,7 +183,13 @@ def show_targets(targets: Sequence[Target], *, as_json: bool) -> None:
         console.emit_json({"targets": entries})
         return
     rows = [
-        (t.name, t.description, f"{t.device.ram_mb / 1000:,.0f}", f"{t.device.memory_bandwidth_gbs:g}", t.format.decoder)
+        (
+            t.name,
+            t.description,
+            f"{t.device.ram_mb / 1000:,.0f}",
+            f"{t.device.memory_bandwidth_gbs:g}",
+            t.format.decoder,
+        )
         for t in targets
     ]
     console.emit_table(("name", "device", "RAM GB", "GB/s", "decoder"), rows)

@@ -176,9 +176,10 @@ def _licence(folder: Path) -> str | None:
 
 def _supported(config: dict[str, Any]) -> None:
     """Refuse an architecture before its weights are downloaded."""
-    from edgepack.gguf import architectures
+    from edgepack.checkpoint import Checkpoint
+    from edgepack.gguf.architectures import find_architecture
 
-    architectures.require_supported(config)
+    find_architecture(Checkpoint(Path(), config, {}))
 
 
 def _looks_local(model: str, path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The steps of a build as functions of their inputs: each runs in a worker, keeps its result in the store, and returns it.
+"""The steps of a build, functions of their inputs: each runs in a worker, keeps its result in the store, returns it.
 
 A result is found again when source files, options, edgepack's own code and the toolchain are the same. Results that
 are files (the artifact) are store entries; results that are numbers are a `result.json` in one.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgepack.store import Entry, Store
     from edgepack.targets import Target
 
-# A chat template is a program from a stranger: three chats render in milliseconds, starting the interpreter takes seconds.
+# A chat template is a program from a stranger: chats render in milliseconds, starting the interpreter takes seconds.
 TEMPLATE_LIMITS = Limits(wall_seconds=120, cpu_seconds=60, memory_bytes=8 << 30)
 # Part of the free memory a float32 copy of the model may take, in the file cache or in transformers.
 MEMORY_SHARE = 0.7
@@ -85,11 +85,11 @@ def export(shop: Workshop, source: Source, plan: Plan, stem: str) -> tuple[Entry
     """Write the artifact: one streaming pass from safetensors to the quantized GGUF.
 
     Returns:
-        The store entry that holds the files, and the worker's report (`files`, `types`, `bits_per_weight`, `nonfinite`).
+        The store entry that holds the files, and the worker's report: `files`, `types`, `bits_per_weight`, ...
     """
     arguments = _export_arguments(source, plan, stem)
     imatrix = arguments["imatrix"]
-    inputs = arguments | {"model": source.files, "imatrix": _sha256(imatrix) if imatrix else None}
+    inputs = arguments | {"model": source.files, "imatrix": sha256(imatrix) if imatrix else None}
 
     with step(shop.listener, "export", f"{stem}.gguf", unit="bytes") as handle:
 
@@ -182,7 +182,7 @@ def fidelity(
         "window_tokens": target.measure.window_tokens,
         "threads": shop.threads,
     }
-    inputs = settings | {"artifact": artifact_sha256, "source": source.files, "text": _sha256(text), "reference": kind}
+    inputs = settings | {"artifact": artifact_sha256, "source": source.files, "text": sha256(text), "reference": kind}
 
     def compute() -> dict[str, Any]:
         with _reference(shop, source, kind) as reference:
@@ -237,7 +237,7 @@ def reference_type(target: Target, source: Source, parameters: int) -> str:
     """The number format of the reference: `f32`, or `bf16` where float32 would not fit in the free memory.
 
     A BF16 GGUF rounds activations in llama.cpp's matrix products: its KL divergence from float32 is about 1e-4, a floor
-    under every measured value; a float32 one agrees with transformers to 1e-8. A float GGUF as input is its own reference.
+    under every measured value; a float32 one agrees with transformers to 1e-8. A GGUF as input is its own reference.
     """
     if source.kind == "gguf":
         return "source"
@@ -305,19 +305,26 @@ def _fidelity_in_words(rows: list[Mapping[str, Any]], kind: str) -> str:
     values = {row["name"]: row["value"] for row in rows}
     if "cosine_mean" in values:
         return f"cosine {values['cosine_mean']:.5f} against the {kind} source"
-    shown = [f"{name} {values[name]:.4g}" for name in ("mean_kld", "perplexity", "top1_agreement") if values.get(name) is not None]
+    shown = [
+        f"{name} {values[name]:.4g}"
+        for name in ("mean_kld", "perplexity", "top1_agreement")
+        if values.get(name) is not None
+    ]
     return ", ".join(shown) + f" against the {kind} source"
 
 
 def _latency_in_words(rows: list[Mapping[str, Any]]) -> str:
     values = {row["name"]: row["value"] for row in rows}
-    shown = (("ttft_ms_p50", "first token {:.0f} ms"), ("decode_tokens_per_s_p50", "{:.0f} tokens/s"), ("peak_rss_mb", "{:.0f} MB"))
+    shown = (
+        ("ttft_ms_p50", "first token {:.0f} ms"),
+        ("decode_tokens_per_s_p50", "{:.0f} tokens/s"),
+        ("peak_rss_mb", "{:.0f} MB"),
+    )
     return ", ".join(words.format(values[name]) for name, words in shown if values.get(name) is not None)
 
 
-def _sha256(path: str | Path) -> str:
+def sha256(path: str | Path) -> str:
+    """The sha256 of a file, in hex."""
     from edgepack.files import sha256_of
 
     return sha256_of(Path(path))
-
-

@@ -8,15 +8,17 @@
 
 The key is the SHA-256 of a step's name and inputs; the caller MUST put in everything that changes the result: options,
 versions, digests of input files; never paths or times. Correctness rests on the rename and on hashing what is read; the
-locks only save work, and keep `gc` away from entries that a living process uses. Killed at any call, a rerun goes on from
-what is whole.
+locks only save work, and keep `gc` away from entries that a living process uses. Killed at any call, a rerun goes on
+from what is whole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import re
 import sys
 import time
 import weakref
@@ -26,22 +28,24 @@ from pathlib import Path
 from typing import Any
 
 from edgepack import locks
-from edgepack.canonical import canonical_json
 from edgepack.entries import MANIFEST, Damaged, FileRecord, Released, key_of, read, seal
-from edgepack.errors import InputRefused, StorageError
-from edgepack.files import clone, copy, discard, remove, storage_error, storage_errors, sync_folder, write_atomic
+from edgepack.errors import StorageError
+from edgepack.files import clone, copy, discard, remove, storage_errors, sync_folder, write_atomic
 from edgepack.publish import published_place
-from edgepack.strict_json import parse_object
+from edgepack.releases import Releases, link, took_over
 
 _log = logging.getLogger(__name__)
 
 _COPIED_BELOW = 256 << 20  # bytes; a smaller file is copied in under a second and stays in its entry
-_ABANDONED_SECONDS = 7 * 86400  # of a temporary folder, where the file system has no locks to tell
-_PLACES_KEPT = 8  # of a released file
 _CACHEDIR_TAG = b"""Signature: 8a477f597d28d172789f06886806bc55
 # Backup programs skip this folder (https://bford.info/cachedir/). edgepack keeps results of build steps here; it can be
 # removed at any time.
 """
+_ELSEWHERE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+# Only what bears a name of ours is ever removed: $EDGEPACK_CACHE may be set to a folder that holds other things.
+_KEY = re.compile(r"[0-9a-f]{64}")
+_BAD = re.compile(r"[0-9a-f]{64}\.[0-9a-f]{8}")
+_TEMPORARY = re.compile(r"\w+\.\d+\.[0-9a-f]{12}")
 _HINT = "Set EDGEPACK_CACHE to a folder that can be written and has room."
 
 
@@ -68,14 +72,15 @@ class Store:
     Entries that a store has handed out are in use until it is closed or collected: `gc` leaves them.
 
     Args:
-        root: Its folder, created when first written. None takes $EDGEPACK_CACHE, else `edgepack` in the platform's cache
-            folder ($XDG_CACHE_HOME, ~/.cache, ~/Library/Caches).
+        root: Its folder, created when first written. None takes $EDGEPACK_CACHE, else `edgepack` in the platform's
+            cache folder ($XDG_CACHE_HOME, ~/.cache, ~/Library/Caches).
     """
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = (root or default_root()).absolute()
         self._done = self.root / "done"
         self._tmp = self.root / "tmp"
+        self._releases = Releases(self.root / "released")
         self._ready = False
         self._in_use: dict[str, int] = {}  # key -> descriptor of the entry's folder, with a shared lock
         self._finalizer = weakref.finalize(self, _close_all, self._in_use)
@@ -122,9 +127,9 @@ class Store:
         """Put a file of an entry at `destination`, without writing a large one twice.
 
         Blocks are shared where the file system can; else a file below 256 MB is copied. A larger one gets a second name
-        (a hard link; a copy on another file system), and leaves the entry as soon as its place is final: at once, or, inside
-        a folder that `publish` is building, when `settle` is called after it. Its place is remembered, and a later `step`
-        finds it there if it is unchanged.
+        (a hard link; a copy on another file system), and leaves the entry as soon as its place is final: at once, or,
+        inside a folder that `publish` is building, when `settle` is called after it. Its place is remembered, and a
+        later `step` finds it there if it is unchanged. While another process uses the entry, it is copied and stays.
 
         Args:
             entry: From `step` of this store.
@@ -135,23 +140,32 @@ class Store:
             StorageError: The file system refused, or the destination exists.
         """
         record = entry.files[file]
+        final = published_place(destination)
         with storage_errors(destination):
-            inside = record.path == entry.path / file
-            if not inside or record.size < _COPIED_BELOW:
+            if record.path != entry.path / file:
+                # It was released before. Where that place is about to be replaced, its file can be taken over.
+                if final != record.path or not link(record.path, destination):
+                    copy(record.path, destination)
+                self._releases.remember(entry.key, file, [final or destination])
+            elif record.size < _COPIED_BELOW:
                 copy(record.path, destination)
-                return
-            if clone(record.path, destination):
-                return
-            final = published_place(destination)
-            self._remember(entry.key, file, [place for place in (final, destination) if place])
-            try:
-                os.link(record.path, destination, follow_symlinks=False)
-            except FileExistsError:
-                raise
-            except OSError:  # another file system, or one without links
-                copy(record.path, destination)
-            if final is None:
-                self.settle(entry)
+            elif not clone(record.path, destination):
+                self._hand_over(entry, file, destination, final)
+
+    def _hand_over(self, entry: Entry, file: str, destination: Path, final: Path | None) -> None:
+        descriptor = self._in_use[entry.key]
+        try:
+            locks.take(descriptor)  # until `settle`: nobody may start to use a file that is about to go
+        except locks.Busy:
+            with contextlib.suppress(locks.Busy):
+                locks.take(descriptor, shared=True)
+            copy(entry.files[file].path, destination)
+            return
+        self._releases.remember(entry.key, file, [place for place in (final, destination) if place])
+        if not link(entry.files[file].path, destination):
+            copy(entry.files[file].path, destination)
+        if final is None:
+            self.settle(entry)
 
     def settle(self, entry: Entry) -> None:
         """Take released large files out of the entry, once they are where they stay. To be called after `publish`.
@@ -159,13 +173,15 @@ class Store:
         Raises:
             StorageError: The file system refused.
         """
-        released = self._released(entry.key)
+        released = self._releases.of(entry.key)
         with storage_errors(entry.path):
             for file, places in released.items():
                 own = entry.path / file
-                if any(published_place(place) is None and _took_over(place, own) for place in places):
+                if any(published_place(place) is None and took_over(place, own) for place in places):
                     own.unlink(missing_ok=True)
                     sync_folder(own.parent)
+            with contextlib.suppress(locks.Busy):
+                locks.take(self._in_use[entry.key], shared=True)
 
     def size(self) -> int:
         """Bytes of everything in the store, released files not counted."""
@@ -186,17 +202,18 @@ class Store:
         self._prepare()
         before = self.size()
         with storage_errors(self.root), locks.waiting(self.root / "locks" / "gc", "cleaning the store"):
-            remove(self.root / "bad")
+            for folder in _matching(self.root / "bad", _BAD):
+                remove(folder)
             self._clean()
-            folders = sorted(self._done.iterdir(), key=_last_used)
+            folders = sorted(_matching(self._done, _KEY), key=_last_used)
             left = {folder: _tree_bytes(folder) for folder in folders}
             for folder in folders:
                 if sum(left.values()) <= keep_bytes:
                     break
                 if self._evict(folder):
                     del left[folder]
-            for lock in (self.root / "locks").iterdir():
-                if lock.name != "gc" and not os.path.lexists(self._done / lock.name):
+            for lock in _matching(self.root / "locks", _KEY):
+                if not os.path.lexists(self._done / lock.name):
                     _remove_unused(lock)
         return before - self.size()
 
@@ -206,17 +223,21 @@ class Store:
         while os.path.lexists(folder):
             try:
                 descriptor = locks.open_folder(folder)
-            except OSError:
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                    raise
                 if not keep:
                     return None
-                self._set_aside(folder, "is no folder")
+                self._set_aside(folder, "it is no folder")
                 continue
             kept = False
             try:
                 locks.take(descriptor, shared=True)
                 if not locks.is_at(descriptor, folder):
                     continue
-                files = read(folder, self._released(key))
+                files = read(folder, self._releases.of(key))
                 with contextlib.suppress(OSError):  # a store that can only be read is good for that
                     os.utime(folder / MANIFEST)
                 kept = True
@@ -238,36 +259,38 @@ class Store:
 
     def _settled(self, entry: Entry) -> Entry:
         # A process killed between `publish` and `settle` leaves a file with two names.
-        linked = [name for name, file in entry.files.items() if file.path.parent == entry.path]
-        if not any(entry.files[name].path.lstat().st_nlink > 1 for name in linked):
+        own = [file.path for name, file in entry.files.items() if file.path == entry.path / name]
+        if all(path.lstat().st_nlink == 1 for path in own):
             return entry
-        with contextlib.suppress(StorageError):
+        with contextlib.suppress(locks.Busy):
+            locks.take(self._in_use[entry.key])
             self.settle(entry)
-        return Entry(entry.key, entry.path, entry.cached, read(entry.path, self._released(entry.key)))
+        released = self._releases.of(entry.key)
+        files = {
+            name: file if os.path.lexists(file.path) else FileRecord(file.size, file.sha256, released[name][0])
+            for name, file in entry.files.items()
+        }
+        return Entry(entry.key, entry.path, entry.cached, files)
 
     def _make(self, key: str, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Entry:
         folder = self._done / key
-        with self._temporary(key[:16]) as (work, descriptor):
-            try:
-                make(work)
-            except OSError as error:
-                raise storage_error(error, work) from error
-            with self._storage_errors():
-                files = seal(work, name, inputs)
-                while True:
-                    try:
-                        os.rename(work, folder)  # noqa: PTH104 (the commit point: never over an entry)
-                        break
-                    except OSError:
-                        if not os.path.lexists(folder):
-                            raise
-                    # Without locks another process may have been faster; the same inputs gave it the same result.
-                    if other := self._find(key, keep=True):
-                        return other
-                sync_folder(self._done)
-                with contextlib.suppress(locks.Busy):
-                    locks.take(descriptor, shared=True)
-                self._use(key, os.dup(descriptor))
+        with self._temporary(key[:16]) as (work, descriptor), self._storage_errors():
+            make(work)
+            files = seal(work, name, inputs)
+            while True:
+                try:
+                    work.rename(folder)  # the commit point: never over an entry, since those are not empty
+                    break
+                except OSError:
+                    if not os.path.lexists(folder):
+                        raise
+                # Without locks another process may have been faster; the same inputs gave it the same result.
+                if other := self._find(key, keep=True):
+                    return other
+            sync_folder(self._done)
+            with contextlib.suppress(locks.Busy):
+                locks.take(descriptor, shared=True)
+            self._use(key, os.dup(descriptor))
         moved = {path: FileRecord(file.size, file.sha256, folder / path) for path, file in files.items()}
         return Entry(key, folder, False, moved)
 
@@ -279,7 +302,7 @@ class Store:
     @contextlib.contextmanager
     def _temporary(self, label: str) -> Iterator[tuple[Path, int]]:
         with self._storage_errors():
-            folder, descriptor = self._new_temporary(label)
+            folder, descriptor = locks.new_folder(lambda: self._tmp / f"{label}.{os.getpid()}.{os.urandom(6).hex()}")
         try:
             yield folder, descriptor
         finally:
@@ -288,20 +311,6 @@ class Store:
                     discard(folder)
             finally:
                 os.close(descriptor)
-
-    def _new_temporary(self, label: str) -> tuple[Path, int]:
-        while True:
-            folder = self._tmp / f"{label}.{os.getpid()}.{os.urandom(6).hex()}"
-            folder.mkdir()
-            try:
-                descriptor = locks.open_folder(folder)
-            except FileNotFoundError:  # a process that cleans was faster than the lock
-                continue
-            with contextlib.suppress(locks.Busy):
-                locks.take(descriptor)
-                if locks.is_at(descriptor, folder):
-                    return folder, descriptor
-            os.close(descriptor)
 
     def _prepare(self) -> None:
         if self._ready:
@@ -317,15 +326,11 @@ class Store:
 
     def _clean(self) -> None:
         """Remove the temporary folders of processes that are dead."""
-        for folder in self._tmp.iterdir():
-            with contextlib.suppress(OSError, locks.Busy):
-                descriptor = locks.open_folder(folder)
-                try:
-                    age = time.time() - os.fstat(descriptor).st_mtime
-                    if (locks.take(descriptor) or age > _ABANDONED_SECONDS) and locks.is_at(descriptor, folder):
-                        discard(folder)
-                finally:
-                    os.close(descriptor)
+        for folder in _matching(self._tmp, _TEMPORARY):
+            descriptor = locks.abandoned(folder)
+            if descriptor is not None:
+                discard(folder)
+                os.close(descriptor)
 
     def _evict(self, folder: Path) -> bool:
         try:
@@ -337,7 +342,7 @@ class Store:
             if not locks.take(descriptor) or not locks.is_at(descriptor, folder):
                 return False  # without locks nobody can tell what is in use
             self._take_away(folder)
-            (self.root / "released" / f"{folder.name}.json").unlink(missing_ok=True)
+            self._releases.forget(folder.name)
             return True
         except locks.Busy:
             return False
@@ -349,6 +354,7 @@ class Store:
             folder.rename(grave / folder.name)  # at once for everyone; the removal may take its time
 
     def _set_aside(self, folder: Path, problem: str, *, gone: bool = False) -> None:
+        self._releases.forget(folder.name)
         if gone:
             _log.info("entry %s: %s; it is made again", folder.name[:12], problem)
             self._take_away(folder)
@@ -361,29 +367,16 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             folder.rename(bad / f"{folder.name}.{os.urandom(4).hex()}")
 
-    def _released(self, key: str) -> dict[str, list[Path]]:
-        path = self.root / "released" / f"{key}.json"
-        try:
-            document = parse_object(path.read_bytes(), str(path))
-            return {str(file): [Path(place) for place in places] for file, places in document["files"].items()}
-        except (OSError, InputRefused, KeyError, TypeError, AttributeError):
-            return {}  # its files are missing then, which makes the entry damaged
-
-    def _remember(self, key: str, file: str, places: list[Path]) -> None:
-        released = self._released(key)
-        new = list(dict.fromkeys([place.absolute() for place in places] + released.get(file, [])))
-        released[file] = new[:_PLACES_KEPT]
-        files = {name: [str(place) for place in known] for name, known in released.items()}
-        document = {"schema_version": 1, "files": files}
-        write_atomic(self.root / "released" / f"{key}.json", canonical_json(document))
-
     @contextlib.contextmanager
     def _storage_errors(self) -> Iterator[None]:
         try:
             with storage_errors(self.root):
                 yield
         except StorageError as error:
-            raise StorageError(error.message, hint=_HINT) from error
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno in _ELSEWHERE and str(self.root) in error.message:
+                raise StorageError(error.message, hint=_HINT) from cause
+            raise
 
 
 def default_root() -> Path:
@@ -397,13 +390,8 @@ def default_root() -> Path:
     return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "edgepack"
 
 
-def _took_over(place: Path, own: Path) -> bool:
-    """Whether `place` makes the entry's own copy superfluous: the same file, or a copy of it on another file system."""
-    try:
-        there, here = place.lstat(), own.lstat()
-    except OSError:
-        return False
-    return os.path.samestat(there, here) or (there.st_dev != here.st_dev and there.st_size == here.st_size)
+def _matching(folder: Path, names: re.Pattern[str]) -> list[Path]:
+    return [path for path in folder.iterdir() if names.fullmatch(path.name)]
 
 
 def _last_used(folder: Path) -> float:

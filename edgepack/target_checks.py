@@ -222,8 +222,8 @@ def _value(key: Key, text: str) -> Any:
         return [word.strip() for word in text.split(",") if word.strip()]
     if key.kind == "switch" and text in ("true", "false"):
         return text == "true"
-    if key.kind in ("integer", "number") and re.fullmatch(r"[+-]?\d{1,18}", text):
+    if key.kind in ("integer", "number") and re.fullmatch(r"[+-]?[0-9]{1,18}", text):
         return int(text)
-    if key.kind == "number" and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?", text) and len(text) < 64:
+    if key.kind == "number" and re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?", text) and len(text) < 64:
         return float(text)
     return text

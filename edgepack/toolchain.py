@@ -1,4 +1,4 @@
-"""Versions of everything that shapes an artifact or a measurement: recorded in every package, part of every store key."""
+"""Versions of all that shapes an artifact or a measurement: recorded in every package, part of every store key."""
 
 from __future__ import annotations
 

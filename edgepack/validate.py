@@ -5,7 +5,7 @@ A speed measured on a machine that is not the target is shown and never judged: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +35,12 @@ def validate_package(
 ) -> Validation:
     """Verify, measure, judge; see `edgepack.pipeline.validate`."""
     from edgepack.measure.machine import machine
-    from edgepack.package import read_package
+    from edgepack.package import packaged_target
     from edgepack.pipeline import Validation
-    from edgepack.targets import parse_target, with_overrides
+    from edgepack.targets import with_overrides
 
     package = _whole(path)
-    target = parse_target(package.manifest["target"], f"{path / 'edgepack.json'} target")
+    target = packaged_target(package.manifest)
     target = with_overrides(target, overrides) if overrides else target
     shop = steps.Workshop(Store(), listener, target.runtime.threads or steps.physical_cores(), fresh=True)
     rows = [row.as_json() for row in package.measurements if row.name in ("artifact_bytes", "bits_per_weight")]
@@ -55,7 +55,7 @@ def validate_package(
         rows += remote
     predicted = {row.name: row.predicted for row in package.measurements if row.predicted is not None}
     found = judged(rows, target, predicted, embedding=_is_embedding(package))
-    return Validation(read_package(path).path.name, overall(found), tuple(found), facts, target.budget.require_on_device)
+    return Validation(package.path.name, overall(found), tuple(found), facts, target.budget.require_on_device)
 
 
 def _whole(path: Path) -> Package:
@@ -73,12 +73,14 @@ def _whole(path: Path) -> Package:
 
 def _fidelity(
     shop: steps.Workshop, package: Package, target: Target, source: str | None, text: Path
-) -> list[Mapping[str, Any]]:
+) -> list[dict[str, Any]]:
     if not target.measure.fidelity:
         return []
     found = _source(shop, package, source)
     if found is None:
-        shop.listener(Event("note", "fidelity", "the source model is not here: name it with --source to measure fidelity"))
+        shop.listener(
+            Event("note", "fidelity", "the source model is not here: name it with --source to measure fidelity")
+        )
         return []
     parameters = int(package.manifest["recipe"]["parameters"])
     evidence = steps.fidelity(shop, found, target, package.artifact, "", text, parameters=parameters)
@@ -86,7 +88,7 @@ def _fidelity(
 
 
 def _source(shop: steps.Workshop, package: Package, asked: str | None) -> Source | None:
-    """The source the package was built from, proved by its files' sha256; None when it is not here and was not named."""
+    """The source the package was built from, proved by sha256; None when it is not here and was not named."""
     from edgepack import source_index
     from edgepack.source import hash_source, resolve
 
@@ -106,16 +108,16 @@ def _source(shop: steps.Workshop, package: Package, asked: str | None) -> Source
     )
 
 
-def _latency(shop: steps.Workshop, package: Package, target: Target, *, counts: bool) -> list[Mapping[str, Any]]:
+def _latency(shop: steps.Workshop, package: Package, target: Target, *, counts: bool) -> list[dict[str, Any]]:
     if not target.measure.latency:
         return []
     context = int(package.manifest["recipe"]["context"])
     embedding = _is_embedding(package)
-    rows = steps.latency(shop, target, package.artifact, "", context, embedding=embedding)["rows"]
+    rows = list(steps.latency(shop, target, package.artifact, "", context, embedding=embedding)["rows"])
     return rows if counts else [_proxy(row) for row in rows]
 
 
-def _proxy(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _proxy(row: dict[str, Any]) -> dict[str, Any]:
     """A speed of this machine in a row about another one: named in the note, absent as a value."""
     if row["name"] not in SPEED or row["value"] is None:
         return row
@@ -125,5 +127,3 @@ def _proxy(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _is_embedding(package: Package) -> bool:
     return bool(package.manifest["recipe"]["embedding"])
-
-

@@ -6,8 +6,8 @@ progress comes back while it works, and a child that dies becomes one `StepError
 
 The child (`edgepack/worker_child.py`) gets an environment built from an allowlist (no tokens, no agent sockets),
 Hugging Face in offline mode, no network where the kernel allows that, no core dumps, a session of its own, and a
-private TMPDIR that is removed with it. It can't outlive this process: it is killed with its whole group when `run` ends for any
-reason, and watches a pipe for the case that this process is killed with SIGKILL. POSIX only.
+private TMPDIR that is removed with it. It can't outlive this process: it is killed with its whole group when `run` ends
+for any reason, and watches a pipe for the case that this process is killed with SIGKILL. POSIX only.
 
 Does not know what the functions do, nor which of them belong together.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import importlib
 import json
 import os
@@ -99,12 +100,23 @@ def _serve(function: str, arguments: dict[str, Any], report: Reporter) -> None:
     except MemoryError:
         traceback.print_exc()
         report.finish("failure", f"out of memory, peak RSS {_peak_rss() / 1e6:.0f} MB")
+    except OSError as error:
+        from edgepack.files import is_storage_error, storage_error
+
+        traceback.print_exc()
+        if is_storage_error(error):
+            report.finish("error", storage_error(error).as_json())
+        else:
+            report.finish("failure", _describe(error))
     except Exception as error:  # the edge of the process: whatever it is, the parent must hear of it
         traceback.print_exc()
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(place.filename).name}:{place.lineno}"
-        text = " ".join(str(error).split())[:500]
-        report.finish("failure", f"{type(error).__name__}: {text} ({where} in {place.name})")
+        report.finish("failure", _describe(error))
+
+
+def _describe(error: Exception) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())[:500]
+    return f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno} in {place.name})"
 
 
 def _confine(limits: dict[str, float | int | None]) -> None:
@@ -118,21 +130,26 @@ def _confine(limits: dict[str, float | int | None]) -> None:
 
 
 def _die_with_parent(parent: int) -> None:
-    if sys.platform == "linux":
-        import ctypes
-
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # at once, even in the middle of native code
-        _leave_network(libc)
-    if os.getppid() != parent:
-        os._exit(1)
-    # The parent holds the other end of stdin as long as it lives. This also takes along what the function has started,
-    # and is all there is where prctl is not.
+    # The parent holds the other end of stdin as long as it lives, and never writes to it again.
     lifeline = os.dup(0)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    threading.Thread(target=_watch, args=(lifeline,), name="lifeline", daemon=True).start()
+    if sys.platform == "linux":
+        import ctypes
+
+        # The kernel itself kills the whole group when the pipe closes (F_SETSIG in fcntl(2)), even in the middle of
+        # native code; and, should the pipe have leaked into a fork of the parent, at least this process.
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _leave_network(libc)
+    else:
+        threading.Thread(target=_watch, args=(lifeline,), name="lifeline", daemon=True).start()
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _watch(lifeline: int) -> None:

@@ -34,11 +34,23 @@ def test_help_answers_in_under_0_3_seconds() -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys, edgepack.cli; print(sorted({'numpy', 'torch', 'transformers', 'llama_cpp', 'rich', 'tokenizers', 'huggingface_hub'} & set(sys.modules)))"
+    heavy = {"numpy", "torch", "transformers", "llama_cpp", "rich", "tokenizers", "huggingface_hub"}
+    code = f"import sys, edgepack.cli; print(sorted({heavy!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-COMMANDS = (["build"], ["plan"], ["validate"], ["verify"], ["inspect"], ["compare"], ["doctor"], ["targets", "list"], ["targets", "show"], ["targets", "copy"])
+COMMANDS = (
+    ["build"],
+    ["plan"],
+    ["validate"],
+    ["verify"],
+    ["inspect"],
+    ["compare"],
+    ["doctor"],
+    ["targets", "list"],
+    ["targets", "show"],
+    ["targets", "copy"],
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -96,7 +108,9 @@ def test_a_plan_that_can_not_fit_ends_with_status_3_and_says_by_how_much() -> No
 
 def test_a_dry_run_touches_nothing(tmp_path: Path) -> None:
     output = tmp_path / "package"
-    answer = edgepack("build", str(EXAMPLE), "-t", "laptop", "-o", str(output), "--dry-run", EDGEPACK_CACHE=str(tmp_path / "store"))
+    answer = edgepack(
+        "build", str(EXAMPLE), "-t", "laptop", "-o", str(output), "--dry-run", EDGEPACK_CACHE=str(tmp_path / "store")
+    )
     assert answer.returncode == 0
     assert list(tmp_path.iterdir()) == []
 

@@ -19,7 +19,9 @@ def test_a_budget_nobody_measured_becomes_a_row_that_says_so() -> None:
 
 
 def test_a_build_for_a_device_elsewhere_is_incomplete_and_not_a_pass() -> None:
-    rows = judged([measured("artifact_bytes", 1e6), measured("mean_kld", 0.001)], load_target("jetson"), {}, embedding=False)
+    rows = judged(
+        [measured("artifact_bytes", 1e6), measured("mean_kld", 0.001)], load_target("jetson"), {}, embedding=False
+    )
     assert overall(rows) == "incomplete"
 
 

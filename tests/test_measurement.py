@@ -61,5 +61,7 @@ def test_a_package_passes_only_when_every_budget_was_measured_and_met(verdicts: 
 
 
 def test_a_row_survives_its_json_form() -> None:
-    judged = judge(Measurement("ttft_ms_p90", 12.5, "ms", n=50, ci95=(12.0, 13.0), note="few", extra={"sd": 1.0}), {"max": 20})
+    judged = judge(
+        Measurement("ttft_ms_p90", 12.5, "ms", n=50, ci95=(12.0, 13.0), note="few", extra={"sd": 1.0}), {"max": 20}
+    )
     assert from_json(judged.as_json()) == judged

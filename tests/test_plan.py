@@ -42,7 +42,7 @@ def test_when_nothing_fits_the_refusal_says_by_how_much_and_what_would() -> None
 
 def test_a_memory_budget_the_cache_breaks_is_met_by_the_context_that_is_advised() -> None:
     full = plan(quantize="Q2_K").prediction
-    limit = full.ram_mb - full.kv_mb / 2
+    limit = full.ram_mb - 0.4 * full.kv_mb
     with pytest.raises(BudgetError) as refused:
         plan(f"budget.ram_mb={limit}")
     advised = str(refused.value.hint).split("--set ")[1].split(" ")[0]
@@ -71,7 +71,7 @@ def test_onnx_is_refused_and_not_guessed() -> None:
 
 
 def test_the_plan_reads_no_weight(tmp_path: Path) -> None:
-    model = tmp_path / "model"
+    model = tmp_path / EXAMPLE.name  # the name is part of the file
     model.mkdir()
     for file in EXAMPLE.iterdir():
         data = bytearray(file.read_bytes())

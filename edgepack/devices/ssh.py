@@ -1,9 +1,9 @@
 """Measure a package on a board over ssh: `ssh://[user@]host[:port]`.
 
 The board runs edgepack itself (`pip install edgepack` there once; its llama-cpp-python may be a CUDA build). This side
-copies the package into a private temporary folder, asks the board to validate it against its own clock and memory, reads
-one JSON document back, and removes the folder. OpenSSH does the talking: keys, agents and host-key checks are the user's
-own; there is no switch that turns the host-key check off, and no password is ever asked for.
+copies the package into a private temporary folder, asks the board to validate it against its own clock and memory,
+reads one JSON document back, and removes the folder. OpenSSH does the talking: keys, agents and host-key checks are the
+user's own; there is no switch that turns the host-key check off, and no password is ever asked for.
 """
 
 from __future__ import annotations
@@ -32,9 +32,19 @@ SHORT_SECONDS = 30
 _DEVICE = re.compile(
     r"ssh://(?:(?P<user>[A-Za-z0-9_][A-Za-z0-9._-]{0,31})@)?(?P<host>[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252})|\[[0-9A-Fa-f:]+\])(?::(?P<port>\d{1,5}))?"
 )
-_OPTIONS = (
-    "-T -o BatchMode=yes -o StrictHostKeyChecking=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
-).split()
+_OPTIONS = [
+    "-T",
+    "-o",
+    "BatchMode=yes",
+    "-o",
+    "StrictHostKeyChecking=yes",
+    "-o",
+    "ConnectTimeout=10",
+    "-o",
+    "ServerAliveInterval=5",
+    "-o",
+    "ServerAliveCountMax=3",
+]
 
 
 @dataclass(frozen=True)
@@ -65,12 +75,15 @@ def parse(device: str) -> Board:
     found = _DEVICE.fullmatch(device)
     if found is None or not 0 < int(found["port"] or 22) < 65536:
         raise UsageError(
-            f"--device {device!r} is not a device", hint="Expected local, or ssh://[user@]host[:port] as in ssh://jetson.local."
+            f"--device {device!r} is not a device",
+            hint="Expected local, or ssh://[user@]host[:port] as in ssh://jetson.local.",
         )
     return Board(found["host"], found["user"], int(found["port"]) if found["port"] else None)
 
 
-def measure(package: Path, device: str, *, overrides: Sequence[str], listener: Listener) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(
+    package: Path, device: str, *, overrides: Sequence[str], listener: Listener
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Speed and memory of `package` on a board.
 
     Args:
@@ -100,21 +113,36 @@ def measure(package: Path, device: str, *, overrides: Sequence[str], listener: L
             answer = _validate(board, folder, overrides)
     finally:
         _run(board, f"rm -rf -- {shlex.quote(folder)}", SHORT_SECONDS)
-    rows = [row | {"measured_on": board.url} for row in answer["measurements"] if row["name"] in SPEED and row["value"] is not None]
-    return [{key: row[key] for key in row if key not in ("budget", "verdict", "predicted")} for row in rows], answer["measured_on"]
+    rows = [
+        row | {"measured_on": board.url}
+        for row in answer["measurements"]
+        if row["name"] in SPEED and row["value"] is not None
+    ]
+    return [{key: row[key] for key in row if key not in ("budget", "verdict", "predicted")} for row in rows], answer[
+        "measured_on"
+    ]
 
 
 def _copy(board: Board, package: Path, folder: str) -> None:
     archive = ["tar", "-C", str(package.parent.resolve()), "-cf", "-", "--", package.resolve().name]
     with subprocess.Popen(archive, stdout=subprocess.PIPE) as sender:
         try:
-            _run(board, f"tar -C {shlex.quote(folder)} -xf - && mv -- {shlex.quote(folder)}/* {shlex.quote(folder)}/package", COPY_SECONDS, stdin=sender.stdout)
+            _run(
+                board,
+                f"tar -C {shlex.quote(folder)} -xf - && mv -- {shlex.quote(folder)}/* {shlex.quote(folder)}/package",
+                COPY_SECONDS,
+                stdin=sender.stdout,
+            )
         finally:
             sender.kill()
 
 
 def _validate(board: Board, folder: str, overrides: Sequence[str]) -> dict[str, Any]:
-    settings = [word for pair in (*overrides, "measure.fidelity=false", "device.is_this_machine=true") for word in ("--set", pair)]
+    settings = [
+        word
+        for pair in (*overrides, "measure.fidelity=false", "device.is_this_machine=true")
+        for word in ("--set", pair)
+    ]
     remote = shlex.join(["edgepack", "validate", f"{folder}/package", "--on-target", "--json", "--quiet", *settings])
     return _checked(board, _run(board, remote, MEASURE_SECONDS, accept=(0, 3)))
 
@@ -124,7 +152,9 @@ def _checked(board: Board, answer: bytes) -> dict[str, Any]:
     try:
         document = json.loads(answer)
         rows = document["measurements"]
-        sound = document["schema_version"] == 1 and isinstance(document["measured_on"], Mapping) and all(map(_is_row, rows))
+        sound = (
+            document["schema_version"] == 1 and isinstance(document["measured_on"], Mapping) and all(map(_is_row, rows))
+        )
     except (ValueError, KeyError, TypeError):
         sound = False
     if not sound:
@@ -133,11 +163,15 @@ def _checked(board: Board, answer: bytes) -> dict[str, Any]:
 
 
 def _is_row(row: Any) -> bool:
-    number = isinstance(row["value"], int | float) and not isinstance(row["value"], bool) and row["value"] == row["value"]
+    number = (
+        isinstance(row["value"], int | float) and not isinstance(row["value"], bool) and row["value"] == row["value"]
+    )
     return isinstance(row["name"], str) and isinstance(row["unit"], str) and (row["value"] is None or number)
 
 
-def _run(board: Board, remote: str, seconds: float, *, accept: Sequence[int] = (0,), stdin: Any = subprocess.DEVNULL) -> bytes:
+def _run(
+    board: Board, remote: str, seconds: float, *, accept: Sequence[int] = (0,), stdin: Any = subprocess.DEVNULL
+) -> bytes:
     """Run one shell line on the board and return its stdout."""
     try:
         done = subprocess.run(board.command(remote), stdin=stdin, capture_output=True, timeout=seconds)
@@ -150,7 +184,9 @@ def _run(board: Board, remote: str, seconds: float, *, accept: Sequence[int] = (
     if done.returncode == SSH_FAILED:
         raise MissingError(f"{board.url} does not answer: {last}", hint=f"Try: ssh {board.host} true")
     if done.returncode == 127:
-        raise MissingError(f"{board.url}: {last}", hint="Install edgepack on the board and put it on the PATH of its login shell.")
+        raise MissingError(
+            f"{board.url}: {last}", hint="Install edgepack on the board and put it on the PATH of its login shell."
+        )
     if done.returncode not in accept:
         raise StepError(f"{board.url}: {remote.split()[0]} ended with status {done.returncode}: {last}")
     if len(done.stdout) > ANSWER_BYTES:

@@ -135,6 +135,7 @@ class Architecture:
 
 _SCALED = frozenset({"default", "linear", "dynamic", "yarn"})  # any graph that takes freq_scale and ext_factor
 _FACTORS = _SCALED | {"llama3"}  # and those that read rope_freqs.weight
+_NO_ATTENTION_BIAS = Requirement("attention_bias", lambda value, sizes: not value, "false: it adds no output bias")
 _TANH_GELU = frozenset({"gelu_pytorch_tanh", "gelu_new", "gelu_fast"})  # ggml_gelu is the tanh form
 
 
@@ -212,10 +213,11 @@ QWEN2 = Architecture(
 QWEN3 = Architecture(
     name="qwen3",
     upstream="conversion/qwen.py, src/models/qwen3.cpp",
-    modules=_decoder(_norms(*_PRE_NORMS), _HEAD_NORMS, _attention("attention_bias"), _gated()),
+    modules=_decoder(_norms(*_PRE_NORMS), _HEAD_NORMS, _attention(), _gated()),
     defaults={**QWEN2.defaults, "head_dim": 128},
     rope_types=_SCALED,
     window=Window("max_window_layers", flag="use_sliding_window"),
+    requires=(_NO_ATTENTION_BIAS,),
 )
 
 _GEMMA_DEFAULTS = _COMMON | {"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}
@@ -246,13 +248,13 @@ GEMMA = Architecture(
     name="gemma",
     upstream="conversion/gemma.py, src/models/gemma.cpp",
     modules=_decoder(
-        _norms(*_PRE_NORMS, transform="plus one"), _attention("attention_bias"), _gated(), norm="plus one"
+        _norms(*_PRE_NORMS, transform="plus one"), _attention(), _gated(), norm="plus one"
     ),
     defaults=_GEMMA_DEFAULTS | {"max_position_embeddings": 8192},
     activations=_TANH_GELU,
     output="tied",
     rope_types=_SCALED,
-    requires=(_NO_BIDIRECTIONAL,),
+    requires=(_NO_BIDIRECTIONAL, _NO_ATTENTION_BIAS),
     gelu=True,
 )
 GEMMA2 = replace(
@@ -260,7 +262,7 @@ GEMMA2 = replace(
     name="gemma2",
     upstream="conversion/gemma.py, src/models/gemma2.cpp",
     modules=_decoder(
-        _norms(*_GEMMA_POST_NORMS, transform="plus one"), _attention("attention_bias"), _gated(), norm="plus one"
+        _norms(*_GEMMA_POST_NORMS, transform="plus one"), _attention(), _gated(), norm="plus one"
     ),
     names={"hidden_act": "hidden_activation"},
     defaults=_GEMMA_DEFAULTS
@@ -273,6 +275,7 @@ GEMMA2 = replace(
     ),
     requires=(
         _NO_BIDIRECTIONAL,
+        _NO_ATTENTION_BIAS,
         _query_scale(46),
         Requirement("attn_logit_softcapping", lambda value, sizes: bool(value), "a number: the graph always caps"),
     ),
@@ -284,7 +287,7 @@ GEMMA3 = replace(
     modules=_decoder(
         _norms(*_GEMMA_POST_NORMS, transform="plus one"),
         tuple(replace(module, transform="plus one") for module in _HEAD_NORMS),
-        _attention("attention_bias"),
+        _attention(),
         _gated(),
         norm="plus one",
     ),
@@ -298,6 +301,7 @@ GEMMA3 = replace(
     keys=(Key("final_logit_softcapping", "final_logit_softcapping"),),
     requires=(
         _NO_BIDIRECTIONAL,
+        _NO_ATTENTION_BIAS,
         _query_scale(62),
         Requirement("attn_logit_softcapping", lambda value, sizes: not value, "null: the graph does not cap scores"),
     ),
@@ -337,7 +341,7 @@ SMOLLM3 = replace(
             "every 4th layer without RoPE, which the graph hard-codes",
         ),
         Requirement("no_rope_layer_interval", lambda value, sizes: value in (None, 4), "4, which the graph hard-codes"),
-        Requirement("attention_bias", lambda value, sizes: not value, "false: the graph adds no output bias"),
+        _NO_ATTENTION_BIAS,
         Requirement("mlp_bias", lambda value, sizes: not value, "false: the graph adds none"),
     ),
 )
@@ -368,7 +372,7 @@ OLMO2 = Architecture(
     output="required",
     rope_types=_SCALED,
     square=True,
-    requires=(Requirement("attention_bias", lambda value, sizes: not value, "false: the graph adds none"),),
+    requires=(_NO_ATTENTION_BIAS,),
 )
 OLMO3 = replace(
     OLMO2,
@@ -488,6 +492,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "RobertaForMaskedLM": ROBERTA,
         "XLMRobertaModel": ROBERTA,
         "XLMRobertaForMaskedLM": ROBERTA,
+        # Without a language-model head: embedders (Qwen3-Embedding, E5-Mistral), or models with tied embeddings.
+        "LlamaModel": LLAMA,
+        "MistralModel": MISTRAL,
+        "Qwen2Model": QWEN2,
+        "Qwen3Model": QWEN3,
     }
 )
 

@@ -22,6 +22,8 @@ _MAX_LIST = 64  # tags, languages, base models: enough for any card that means t
 
 _SIZE = re.compile(r"(?:\d+x)?\d+(?:[._]\d+)?[KMBT]", re.IGNORECASE)
 _VERSION = re.compile(r"v?\d+(?:\.\d+)*", re.IGNORECASE)
+_LOADED_NAME = re.compile(r"(phi|modern)-?(3|bert)", re.IGNORECASE)
+_PHI3_TOKENS = frozenset({"</s>", "<unk>", "<s>", "<|endoftext|>"})
 _FINETUNE = re.compile(r"chat|instruct|it|base|embedding|sft|dpo", re.IGNORECASE)
 
 # generation_config.json -> general.sampling.*: what the author recommends
@@ -43,7 +45,7 @@ def general_metadata(checkpoint: Checkpoint, architecture: str, parameters: int)
         parameters: Weights in the GGUF.
     """
     card = _card(checkpoint)
-    name = _text(card.get("model_name")) or _folder_name(checkpoint)
+    name = _without_side_effects(_text(card.get("model_name")) or _folder_name(checkpoint), checkpoint, architecture)
     keys: Metadata = {
         "general.architecture": string(architecture),
         "general.type": string("model"),
@@ -94,6 +96,31 @@ def _folder_name(checkpoint: Checkpoint) -> str:
     if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
         return path.parents[1].name.split("--")[-1]
     return path.name
+
+
+def _without_side_effects(name: str, checkpoint: Checkpoint, architecture: str) -> str:
+    """The name, spelled so that llama.cpp tokenizes as the checkpoint's tokenizer does.
+
+    llama.cpp looks for `phi-3`, `phi3` and `modern-bert` in `general.name` and then changes how special tokens take the
+    white space around them, or fails to load where a token it expects is missing (src/llama-vocab.cpp, per-token
+    attributes). A name must not say so unless the tokenizer is that one, and must where it is.
+    """
+    named = _LOADED_NAME.search(name) is not None
+    if not named and architecture != "phi3":
+        return name
+    phi3 = _strips_like_phi3(checkpoint)
+    if phi3 and not re.search("phi-?3", name, re.IGNORECASE):
+        return f"{name} (phi-3)"
+    return name if phi3 else _LOADED_NAME.sub(r"\1 \2", name)
+
+
+def _strips_like_phi3(checkpoint: Checkpoint) -> bool:
+    """Whether special tokens take the white space after them, and those llama.cpp excepts are there."""
+    added = (checkpoint.json("tokenizer.json") or {}).get("added_tokens")
+    tokens = {str(entry.get("content")): entry for entry in added if isinstance(entry, dict)} if isinstance(added, list) else {}
+    return _PHI3_TOKENS <= tokens.keys() and any(
+        entry.get("special") and entry.get("rstrip") for token, entry in tokens.items() if token not in _PHI3_TOKENS
+    )
 
 
 def _name_parts(name: str) -> dict[str, str]:

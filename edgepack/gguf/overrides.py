@@ -45,7 +45,7 @@ def match_overrides(
         kind = _type(word, pattern)
         selected = [name for name in quantizable if matches(pattern, name)]
         if not selected:
-            _refuse_idle(pattern, everything)
+            _refuse_idle(pattern, quantizable, everything)
         for name in selected:
             rival = chosen.get(name)
             if rival and _literal(rival[0]) == _literal(pattern) and rival[1] != kind:
@@ -71,7 +71,7 @@ def _type(word: str, pattern: str) -> GgmlType:
     return TYPES[name]
 
 
-def _refuse_idle(pattern: str, names: Sequence[str]) -> None:
+def _refuse_idle(pattern: str, quantizable: Sequence[str], names: Sequence[str]) -> None:
     """Say why `pattern` changes nothing."""
     kept = [name for name in names if matches(pattern, name)]
     if kept:
@@ -79,7 +79,8 @@ def _refuse_idle(pattern: str, names: Sequence[str]) -> None:
             f"override {pattern!r} selects only tensors that stay F32, such as {kept[0]}",
             hint="norms, biases and position tables are never quantized",
         )
-    parts = {part for name in names for part in name.split(".") if not part.isdigit()} | set(names)
-    near = difflib.get_close_matches(pattern, sorted(parts), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"parts of names here: {', '.join(sorted(parts - set(names)))}"
+    roles = {part for name in quantizable for part in name.split(".")[-2:-1]}
+    blocks = {".".join(name.split(".")[:2]) for name in quantizable if name.startswith("blk.")}
+    near = difflib.get_close_matches(pattern, sorted(roles | blocks | set(quantizable)), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"tensors of this model: {', '.join(sorted(roles))}"
     raise UsageError(f"override {pattern!r} matches no tensor", hint=hint)

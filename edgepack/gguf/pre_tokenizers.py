@@ -78,6 +78,7 @@ class PreTokenizer:
         ignore_merges: A word that is a token as a whole is taken without merging.
         engine: llama.cpp's own expressions where they are not equal to `splits`; else empty.
         difference: What that inequality does to text, in one sentence; empty when equal.
+        rank: Among names of one structure, the lower splits more like tokenizer.json.
     """
 
     name: str
@@ -85,6 +86,7 @@ class PreTokenizer:
     ignore_merges: bool = False
     engine: tuple[str, ...] = ()
     difference: str = ""
+    rank: int = 0
 
 
 _CASE_DIFFERENCE = (
@@ -133,17 +135,18 @@ PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
         difference=_CASE_DIFFERENCE % _MARKS,
     ),
     PreTokenizer(
-        "gpt-4o",
-        (_GPT4O,),
-        engine=(_ENGINE_CASE % (_L, _L, _ANY_CASE + "?", _L, _L, _ANY_CASE + "?", "{1,3}"),),
-        difference=_CASE_DIFFERENCE % _MARKS,
-    ),
-    PreTokenizer(
         "granite-embed-multi-97m",
         (_GPT4O,),
         ignore_merges=True,
         engine=(_ENGINE_CASE % (_LM, _LM, _ANY_CASE + "?", _LM, _LM, _ANY_CASE + "?", "{1,3}"),),
         difference=_CASE_DIFFERENCE % "",
+    ),
+    PreTokenizer(
+        "gpt-4o",
+        (_GPT4O,),
+        engine=(_ENGINE_CASE % (_L, _L, _ANY_CASE + "?", _L, _L, _ANY_CASE + "?", "{1,3}"),),
+        difference=_CASE_DIFFERENCE % _MARKS,
+        rank=1,
     ),
     PreTokenizer(
         "deepseek-v3", (r"\p{N}{1,3}", _CJK, _DEEPSEEK_WORDS + r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)")
@@ -196,7 +199,7 @@ def splits(tokenizer: Mapping[str, Any]) -> tuple[str, ...]:
 def recognise(tokenizer: Mapping[str, Any]) -> tuple[PreTokenizer, ...]:
     """Every pre-tokenizer of llama.cpp with the structure of `tokenizer`, preferred one first.
 
-    The order prefers the name whose `ignore_merges` is that of the tokenizer; there may be none such.
+    The order prefers the name that splits most like it, then the one with its `ignore_merges`; there may be none such.
 
     Args:
         tokenizer: Parsed tokenizer.json of a byte-level BPE tokenizer.
@@ -212,7 +215,7 @@ def recognise(tokenizer: Mapping[str, Any]) -> tuple[PreTokenizer, ...]:
     if not matches:
         raise _unknown(tokenizer, "the way it splits text into words has no name in llama.cpp that edgepack knows")
     wanted = bool(tokenizer["model"].get("ignore_merges"))
-    return tuple(sorted(matches, key=lambda entry: entry.ignore_merges != wanted))
+    return tuple(sorted(matches, key=lambda entry: (entry.rank, entry.ignore_merges != wanted)))
 
 
 def canonical(expression: str) -> str:
@@ -227,7 +230,7 @@ def canonical(expression: str) -> str:
     for form, spellings in _SPELLINGS.items():
         for spelling in spellings:
             text = text.replace(spelling, form)
-    text = re.sub(r"(\\.|\[(?:\\.|[^\]\\])*\])|([?*+}])\+", lambda m: m[1] or m[2], text)
+    text = re.sub(r"(\\.|\[(?:\\.|[^\]\\])*\])|([?*+]|\{\d+(?:,\d*)?\})\+", lambda m: m[1] or m[2], text)
     text = text.replace("{1}", "")
     text = re.sub(r"\\s\*\[\\r\\n\](?!\+)", lambda m: m[0] + "+", text)
     return re.sub(r"(\\s\+\(\?!\\S\))\|\\s\+?$", r"\1", text)

@@ -199,6 +199,10 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
     "yarn": ("factor",),
 }
 
+# llama.cpp's loader reads keys for these in a few architectures only, none of the table's (src/models/grok.cpp,
+# mistral3.cpp): whatever a file says, the graph computes with the defaults of src/llama-hparams.h.
+_YARN_FIXED: Mapping[str, Any] = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+
 
 def _check_scaling(rope: Rope) -> None:
     for key in _REQUIRED.get(rope.type, ()):
@@ -231,10 +235,6 @@ def rope_metadata(rope: Rope, architecture: str) -> Metadata:
         keys[f"{at}.scaling.factor"] = f32(rope.scaling["factor"])
     if rope.type in ("yarn", "longrope"):
         keys[f"{at}.scaling.original_context_length"] = u32(rope.original_context)
-    if rope.type == "yarn":
-        for name in ("beta_fast", "beta_slow"):
-            if rope.scaling.get(name):
-                keys[f"{at}.scaling.yarn_{name}"] = f32(rope.scaling[name])
     if rope.attention_factor is not None:
         keys[f"{at}.scaling.attn_factor"] = f32(rope.attention_factor)
     return keys

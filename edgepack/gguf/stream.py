@@ -109,8 +109,8 @@ def stream(
     made: list[tuple[Path, int]] = []
     try:
         _allocate(paths, layout.shards, made)
-        chunks = list(_chunks(layout.shards, made, specs))
-        run = _Run(chunks, imatrix, allow_nonfinite)
+        total = sum(_source_bytes(tensor) for tensor in model.tensors)
+        run = _Run(_chunks(layout.shards, made, specs), total, imatrix, allow_nonfinite)
         run.work(threads, progress)
         for (path, descriptor), shard in zip(made, layout.shards, strict=True):
             with _storage(path):
@@ -150,13 +150,13 @@ def _chunks(
 class _Run:
     """The state the threads share: which chunk is next, what was found, whether to stop."""
 
-    chunks: Sequence[_Chunk]
+    chunks: Iterator[_Chunk]
+    total_bytes: int
     imatrix: Imatrix | None
     allow_nonfinite: bool
     nonfinite: dict[str, int] = field(default_factory=dict)
     failures: dict[int, BaseException] = field(default_factory=dict)
     done_bytes: int = 0
-    next: int = 0
     stop: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -166,7 +166,6 @@ class _Run:
         Chunks are handed out in order and the ones under way are finished, so every chunk before the first that failed
         was looked at too.
         """
-        total = sum({id(c.tensor): _source_bytes(c.tensor) for c in self.chunks}.values())
         pool = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
         try:
             pending = {pool.submit(self._worker) for _ in range(threads)}
@@ -174,7 +173,7 @@ class _Run:
                 done, pending = wait(pending, timeout=_PROGRESS_SECONDS)
                 for future in done:
                     future.result()
-                progress(self.done_bytes, total)
+                progress(self.done_bytes, self.total_bytes)
         finally:
             self.stop = True
             pool.shutdown(wait=True)
@@ -185,10 +184,9 @@ class _Run:
         out = np.empty(0, dtype=np.uint8)
         while True:
             with self.lock:
-                if self.stop or self.next >= len(self.chunks):
-                    return
-                chunk = self.chunks[self.next]
-                self.next += 1
+                chunk = None if self.stop else next(self.chunks, None)
+            if chunk is None:
+                return
             try:
                 out = self._convert(chunk, out)
             except BaseException as error:  # handed to the thread that waits, whatever it is

@@ -134,16 +134,16 @@ def _byte_level(tokenizer: Mapping[str, Any], tokens: list[str]) -> Vocab:
 
 
 def _choose(entries: tuple[PreTokenizer, ...], tokenizer: Mapping[str, Any]) -> PreTokenizer:
-    """The first entry, if its `ignore_merges` is the tokenizer's or the two can't be told apart."""
-    best = entries[0]
+    """The first entry whose `ignore_merges` is the tokenizer's, or the first at all where the flag changes no id."""
     wanted = bool(model_of(tokenizer).get("ignore_merges"))
-    if best.ignore_merges == wanted:
-        return best
+    if entries[0].ignore_merges == wanted:
+        return entries[0]
     apart = _unreachable(tokenizer)
-    if not apart:
-        return best
+    for entry in entries:
+        if entry.ignore_merges == wanted or not apart:
+            return entry
     raise InputRefused(
-        f"tokenizer.json: ignore_merges is {wanted}, llama.cpp's {best.name} has it {best.ignore_merges}, and"
+        f"tokenizer.json: ignore_merges is {wanted}, llama.cpp's {entries[0].name} has it {not wanted}, and"
         f" {len(apart)} tokens depend on it (first: {apart[0]!r})",
         hint="If llama.cpp's converter knows this model, give its F16 GGUF instead.",
     )

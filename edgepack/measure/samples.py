@@ -1,8 +1,8 @@
 """Golden samples: fixed prompts and the tokens the artifact continues them with, greedily.
 
-They travel in the package (`evidence/samples.jsonl`), so that whoever has the device can check in seconds that the model
-there says what it said here. Loading the whole artifact and generating from it is also the plainest proof that the
-runtime takes it.
+They travel in the package (`evidence/samples.jsonl`), so that whoever has the device can check in seconds that the
+model there says what it said here. Loading the whole artifact and generating from it is also the plainest proof that
+the runtime takes it.
 """
 
 from __future__ import annotations

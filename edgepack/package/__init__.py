@@ -1,7 +1,7 @@
 """The package: a folder a device can run and a pipeline can check, written once and readable for ever.
 
     <name>-<target>/
-      edgepack.json       the manifest: what this is, from what, how, every file with its sha256, two digests, the verdict
+      edgepack.json       the manifest: what this is, from what and how, every file with its sha256, digests, verdict
       model/              the artifact
       tokenizer/          only for formats that do not embed it
       runtime.json        engine, oldest version, load options
@@ -11,8 +11,8 @@
       LICENSES/           the source's licence texts, and what is known of them
       SHA256SUMS          every file but itself; `sha256sum -c SHA256SUMS` works without edgepack
 
-`write_package` makes one, `read_package` opens one, `verify` says whether every byte is as its manifest says. Reading and
-verifying need the standard library alone.
+`write_package` makes one, `read_package` opens one, `verify` says whether every byte is as its manifest says. Reading
+and verifying need the standard library alone.
 """
 
 from __future__ import annotations

@@ -41,11 +41,11 @@ def name_problem(name: str) -> str | None:
         return "is longer than 200 bytes"
     strange = next((c for c in name if not (c.isalnum() or c in _PUNCTUATION)), None)
     if strange is not None:
-        return f"holds {ascii(strange)}"
+        return f"holds {strange!a}"
     if name != unicodedata.normalize("NFC", name):
         return "is not in Unicode form NFC"
     if name[0] in "- ." or name[-1] in " .":
-        return f"starts or ends with {ascii(name[0] if name[0] in '- .' else name[-1])}"
+        return f"starts or ends with {name[0] if name[0] in '- .' else name[-1]!a}"
     if name.partition(".")[0].lower() in _RESERVED:
         return "is a device name on Windows"
     return None
@@ -80,8 +80,8 @@ def safe_name(name: str) -> str:
 def mode_problem(status: os.stat_result) -> str | None:
     """What is odd about the mode of a file or folder, or None.
 
-    Packages are written 0644 and 0755. Copies may lose group and other bits (umask 077) or gain group write (umask 002);
-    what no ordinary copy makes is refused: setuid, setgid on a file, sticky, executable files, write for others.
+    Packages are written 0644 and 0755. Copies may lose group and other bits (umask 077) or gain group write (umask
+    002); what no ordinary copy makes is refused: setuid, setgid on a file, sticky, executable files, write for others.
     """
     if os.name == "nt":
         return None

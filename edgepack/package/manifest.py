@@ -11,13 +11,14 @@ Canonical JSON is RFC 8785. A digest is written `sha256:<64 hex digits>`, as OCI
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgepack import strict_json
-from edgepack.canonical import digest
+from edgepack.canonical import canonical_json, digest
 from edgepack.errors import InputRefused, UsageError
 from edgepack.measurement import Measurement, PackageVerdict, from_json
 from edgepack.package.layout import (
@@ -59,7 +60,7 @@ class Package:
     @property
     def artifact(self) -> Path:
         """The file the runtime opens: the only model file, or the first shard."""
-        return self.path / self.manifest["artifact"]
+        return self.path / str(self.manifest["artifact"])
 
     @property
     def artifact_digest(self) -> str:
@@ -74,7 +75,9 @@ class Package:
 
 def artifact_digest(files: Iterable[Mapping[str, Any]]) -> str:
     """The digest over the records (`path`, `size`, `sha256`) of what the device runs, sorted by path."""
-    records = [{key: record[key] for key in ("path", "size", "sha256")} for record in files if in_artifact(record["path"])]
+    records = [
+        {key: record[key] for key in ("path", "size", "sha256")} for record in files if in_artifact(record["path"])
+    ]
     return "sha256:" + digest(sorted(records, key=lambda record: str(record["path"])))
 
 
@@ -118,7 +121,9 @@ def read_package(path: str | Path) -> Package:
     problems = manifest_problems(manifest)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InputRefused(f"{folder / MANIFEST}: {problems[0]}{more}", hint=f"`edgepack verify {folder}` lists them all.")
+        raise InputRefused(
+            f"{folder / MANIFEST}: {problems[0]}{more}", hint=f"`edgepack verify {folder}` lists them all."
+        )
     where = f"{folder / VALIDATION}"
     validation = strict_json.parse_object(read_small(folder, VALIDATION), where)
     rows = validation.get("measurements")
@@ -204,6 +209,10 @@ def manifest_problems(manifest: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key}: missing")
         elif not test(manifest[key]):
             problems.append(f"{key}: expected {expected}, found {strict_json.kind(manifest[key])}")
+    try:
+        canonical_json(manifest)
+    except (ValueError, RecursionError) as error:  # a number beyond 2^53, a lone surrogate, endless nesting
+        problems.append(f"has no canonical form: {str(error)[:120]}")
     if isinstance(manifest.get("files"), list):
         problems += _file_problems(manifest["files"], manifest.get("artifact"))
     return problems
@@ -220,8 +229,7 @@ def _file_problems(files: list[Any], artifact: Any) -> list[str]:
             problems.append(f"files[{index}]: {reason}")
         else:
             paths.append(record["path"])
-    twice = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
-    problems += [f"files: {path} is listed twice" for path in twice]
+    problems += [f"files: {path} is listed twice" for path, count in sorted(Counter(paths).items()) if count > 1]
     problems += [f"files: {a} and {b} differ in case only" for a, b in clashes(sorted(set(paths)))]
     if isinstance(artifact, str) and (artifact not in paths or not artifact.startswith("model/")):
         problems.append(f"artifact: {ascii(artifact)[:120]} is not one of the model files")

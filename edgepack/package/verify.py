@@ -1,8 +1,8 @@
 """Is every byte of a package what its manifest says, and nothing else there: with the standard library alone.
 
-Refused, each by name: a file that is missing, extra or changed; a symbolic link, a hard link, a device, a FIFO or socket;
-an empty folder; a mode no ordinary copy makes; a manifest, a SHA256SUMS or a digest that disagree; a manifest of a newer
-schema. What this can't see: a package forged as a whole, manifest included. Pin `package_digest` to see that.
+Refused, each by name: a file that is missing, extra or changed; a symbolic link, a hard link, a device, a FIFO or
+socket; an empty folder; a mode no ordinary copy makes; a manifest, a SHA256SUMS or a digest that disagree; a manifest
+of a newer schema. What this can't see: a package forged as a whole, manifest included: pin `package_digest` for that.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepack import strict_json
+from edgepack.canonical import canonical_json
 from edgepack.errors import InputRefused, UsageError
 from edgepack.package.layout import (
     MANIFEST,
@@ -71,7 +72,9 @@ class Verification:
         """
         if self.problems:
             more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
-            raise InputRefused(f"{self.path}: {self.problems[0]}{more}", hint="Get the package again from where it came.")
+            raise InputRefused(
+                f"{self.path}: {self.problems[0]}{more}", hint="Get the package again from where it came."
+            )
 
 
 def verify(path: str | Path) -> Verification:
@@ -95,9 +98,10 @@ def verify(path: str | Path) -> Verification:
     manifest = _manifest(root, regular, hashes, problems)
     if manifest is None:
         return Verification(root, tuple(problems))
+    own = {MANIFEST, SUMS}
     listed = {record["path"]: record for record in manifest["files"]}
-    problems += [f"{name}: extra, the manifest does not list it" for name in sorted(present - {*listed, MANIFEST, SUMS})]
-    problems += [f"{name}: missing" for name in sorted({*listed, MANIFEST, SUMS} - present)]
+    problems += [f"{_shown(name)}: extra, the manifest does not list it" for name in sorted(present - own - {*listed})]
+    problems += [f"{name}: missing" for name in sorted((own | {*listed}) - present)]
     for name in sorted(regular & set(listed)):
         _compare(listed[name], hashes.of(name), problems)
     _check_sums(listed, hashes, SUMS in regular, problems)
@@ -176,11 +180,11 @@ class _Hashes:
 
     def small(self, name: str) -> bytes:
         """The first bytes of a file, up to the cap of a manifest; empty when it can't be read."""
-        try:
-            with self._open(name) as descriptor:
-                return b"".join(iter(lambda: os.read(descriptor, MAX_MANIFEST_BYTES), b""))[: MAX_MANIFEST_BYTES + 1]
-        except OSError:
-            return b""
+        data = b""
+        with contextlib.suppress(OSError), self._open(name) as descriptor:
+            while len(data) < MAX_MANIFEST_BYTES and (chunk := os.read(descriptor, _CHUNK)):
+                data += chunk
+        return data
 
     def _read(self, name: str) -> tuple[int, str]:
         state, size = hashlib.sha256(), 0
@@ -212,11 +216,14 @@ def _manifest(root: Path, regular: set[str], hashes: _Hashes, problems: list[str
         problems.append(f"{MANIFEST}: larger than {MAX_MANIFEST_BYTES:,} bytes")
         return None
     try:
-        manifest = strict_json.parse_object(hashes.small(MANIFEST), MANIFEST)
+        data = hashes.small(MANIFEST)
+        manifest = strict_json.parse_object(data, MANIFEST)
     except InputRefused as error:
         problems.append(error.message)
         return None
     reasons = manifest_problems(manifest)
+    if not reasons and data != canonical_json(manifest):
+        problems.append(f"{MANIFEST}: is not canonical JSON (RFC 8785): edited after it was written")
     problems += [f"{MANIFEST}: {reason}" for reason in reasons]
     return None if reasons else manifest
 
@@ -254,7 +261,9 @@ def _check_digests(manifest: Mapping[str, Any], problems: list[str]) -> None:
         ("package_digest", package_digest(manifest)),
     ):
         if manifest[key] != computed:
-            problems.append(f"{MANIFEST}: {key} is {manifest[key][:23]}..., the manifest's content gives {computed[:23]}...")
+            problems.append(
+                f"{MANIFEST}: {key} is {manifest[key][:23]}..., the manifest's content gives {computed[:23]}..."
+            )
 
 
 def _check_verdict(manifest: Mapping[str, Any], data: bytes, problems: list[str]) -> None:

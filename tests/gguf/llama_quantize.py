@@ -23,7 +23,12 @@ def random_bf16(shape: Sequence[int], seed: int) -> np.ndarray:
 def spec_of(name: str, weights: np.ndarray, **options: object) -> TensorSpec:
     rows = weights.reshape(-1, weights.shape[-1])
     return TensorSpec(
-        name, weights.shape, lambda a, b: rows[a:b].copy(), source=f"hf.{name}", source_bytes=weights.size * 2, **options
+        name,
+        weights.shape,
+        lambda a, b: rows[a:b].copy(),
+        source=f"hf.{name}",
+        source_bytes=weights.size * 2,
+        **options,
     )
 
 

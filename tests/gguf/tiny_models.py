@@ -7,6 +7,7 @@ a few nats wide. A forgotten `+ 1`, bias, offset or permutation then moves every
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,25 +84,49 @@ def make(case: Case, folder: Path, seed: int) -> Any:
     return model
 
 
+_LAST = re.compile(r"down_proj|mlp\.c_proj|layer\.\d+\.output\.dense")
+
+
 def randomise(model: Any, generator: Any) -> None:
-    """Every parameter random: matrices by fan-in, everything one-dimensional around the value it starts with."""
+    """Every parameter random: matrices by fan-in, everything one-dimensional around the value it starts with.
+
+    The feed-forward branch is at half strength, as its float16 GELU table is where llama.cpp rounds.
+    """
     import torch
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:
-                parameter.add_(0.3 * noise)
+                parameter.add_(0.3 * noise - (0.5 if "post_feedforward" in name else 0.0))
             elif "embed" in name or "wte" in name or "wpe" in name or "lm_head" in name:
-                parameter.copy_(noise * 0.4)
+                parameter.copy_(noise * 0.15)
             else:
-                parameter.copy_(noise * (2.0 / parameter.shape[-1] ** 0.5))
+                parameter.copy_(noise * ((0.6 if _LAST.search(name) else 1.2) / parameter.shape[-1] ** 0.5))
 
 
 def prompts(case: Case, seed: int) -> list[list[int]]:
     """Random ids of the lengths of the case, ids of special tokens left out."""
     random = np.random.default_rng(seed)
     return [random.integers(8, VOCAB - 20, size=length).tolist() for length in case.lengths]
+
+
+def gelu_by_table(model: Any) -> None:
+    """Make every GELU of the model round as llama.cpp's does (ggml/src/ggml-cpu/vec.h, ggml_vec_gelu_f32).
+
+    The tanh form, from a float16 argument, to float16; beyond +-10 the identity and zero.
+    """
+    import torch
+
+    class Table(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            rounded = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+            return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, rounded))
+
+    for module in model.modules():
+        for name in ("act_fn", "act", "intermediate_act_fn"):
+            if hasattr(module, name):
+                setattr(module, name, Table())
 
 
 def logits(model: Any, ids: list[int]) -> np.ndarray:
@@ -144,7 +169,9 @@ def _bpe(folder: Path) -> None:
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<s>": 0, "</s>": 1} | {letter: i + 2 for i, letter in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    merges = [("t", "h"), ("th", "e"), ("i", "n"), ("a", "n")]
+    vocab |= {left + right: len(vocab) + i for i, (left, right) in enumerate(merges)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
@@ -188,7 +215,13 @@ def _unigram(folder: Path) -> None:
     tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "XLMRobertaTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    settings |= {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
+    settings |= {
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "cls_token": "<s>",
+        "sep_token": "</s>",
+        "mask_token": "<mask>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

@@ -1,0 +1,240 @@
+"""README.md of a package: the verdict first, then the numbers, how to run it, and where it is from.
+
+Made from the manifest and the measurements alone, so that it says nothing they do not; what was not measured says so.
+Names come from strangers: they are escaped, so that a model can't write into its own card.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from edgepack.measurement import Measurement
+from edgepack.package.how_to_run import sections
+from edgepack.package.licences import one_line
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 1e6:,.2f} MB" if value < 1e9 else f"{value / 1e9:,.2f} GB"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f} %"
+
+
+def _plain(unit: str) -> Callable[[float], str]:
+    return lambda value: (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") + (f" {unit}" if unit else "")
+
+
+# Measurement -> what a person calls it, and how the value reads. The order is that of the card.
+_ROWS: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "artifact_bytes": ("Size", _bytes),
+    "bits_per_weight": ("Bits per weight", lambda value: f"{value:.3f}"),
+    "mean_kld": ("KL divergence from the source, mean", _plain("nats/token")),
+    "median_kld": ("KL divergence, median", _plain("nats/token")),
+    "kld_p99": ("KL divergence, 99 % quantile", _plain("nats/token")),
+    "top1_agreement": ("Same first choice as the source", _percent),
+    "source_perplexity": ("Perplexity before (source)", lambda value: f"{value:,.4f}"),
+    "perplexity": ("Perplexity after (this package)", lambda value: f"{value:,.4f}"),
+    "cosine_mean": ("Cosine to the source's embeddings, mean", lambda value: f"{value:.5f}"),
+    "cosine_p01": ("Cosine, 1 % quantile", lambda value: f"{value:.5f}"),
+    "neighbour_agreement": ("Nearest neighbours kept", _percent),
+    "label_agreement": ("Labels kept", _percent),
+    "decode_tokens_per_s_p50": ("Decode speed, median", _plain("tokens/s")),
+    "decode_tokens_per_s_p10": ("Decode speed, 10 % quantile", _plain("tokens/s")),
+    "ttft_ms_p50": ("Time to first token, median", _plain("ms")),
+    "ttft_ms_p90": ("Time to first token, 90 % quantile", _plain("ms")),
+    "prefill_tokens_per_s": ("Prompt speed", _plain("tokens/s")),
+    "latency_ms_p50": ("Latency, median", _plain("ms")),
+    "latency_ms_p90": ("Latency, 90 % quantile", _plain("ms")),
+    "load_ms": ("Load time", _plain("ms")),
+    "peak_rss_mb": ("Peak memory", _plain("MB")),
+}
+# Shown even when nothing says anything of them: their absence is news.
+_ALWAYS = ("decode_tokens_per_s_p50", "ttft_ms_p50", "peak_rss_mb")
+_ALWAYS_EMBEDDING = ("latency_ms_p50", "peak_rss_mb")
+
+
+def card(
+    manifest: Mapping[str, Any],
+    rows: Sequence[Measurement],
+    plan: Mapping[str, Any],
+    runtime: Mapping[str, Any],
+    licences: Sequence[str],
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        manifest: The manifest, digest of the artifact included; its file list is not needed.
+        rows: Judged measurements.
+        plan: The plan's JSON; `parameters` and `architecture` are shown where it has them.
+        runtime: `runtime.json`.
+        licences: Paths of the licence files in the package.
+    """
+    name = f"{one_line(manifest['name'])} for {manifest['target_name']}"
+    parts = [
+        f"# {escape(name)}",
+        verdict(manifest, rows),
+        _summary(manifest, plan),
+        table(rows, embedding=bool(runtime.get("embedding"))),
+        _footnote(manifest, rows),
+        "## Run it",
+        f"Commands start in this folder. Oldest llama.cpp: {escape(runtime.get('min_version', 'not stated'))}.",
+        *_run(manifest, runtime),
+        "## Where it is from",
+        _origin(manifest, licences),
+        "## How it was made",
+        _facts({**manifest["recipe"], **{f"toolchain: {k}": v for k, v in manifest["toolchain"].items()}}),
+        "## Check it",
+        f"{_code('edgepack verify .')} checks every byte, {_code('sha256sum -c SHA256SUMS')} does so without edgepack, "
+        f"{_code('edgepack validate .')} measures again on your machine. Every measurement is in "
+        f"{_code('evidence/validation.json')}. A rebuild from the same inputs, options and toolchain has the same "
+        f"artifact digest:\n\n    {manifest['artifact_digest']}",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def verdict(manifest: Mapping[str, Any], rows: Sequence[Measurement]) -> str:
+    """The first lines: the verdict, and for anything but a plain pass, which budgets stand behind it."""
+    target = _code(manifest["target_name"])
+    gated = [row for row in rows if row.verdict]
+    if manifest["verdict"] == "fail":
+        missed = "; ".join(_missed(row) for row in gated if row.verdict == "fail")
+        return f"**Verdict: fail.** Budgets of {target} that are missed: {missed}."
+    if manifest["verdict"] == "incomplete":
+        unmeasured = [_label(row) for row in gated if row.verdict == "not_measured"]
+        unsure = [
+            f"{_label(row)} ({escape(row.note or 'inconclusive')})" for row in gated if row.verdict == "inconclusive"
+        ]
+        words = ["**Verdict: incomplete.** No budget is missed, but not all could be decided."]
+        if unmeasured:
+            how = _code("edgepack validate . --device ssh://user@device")
+            words.append(f"Not measured on a {target}: {', '.join(unmeasured)}. Measure there with {how}.")
+        if unsure:
+            words.append(f"Inconclusive: {', '.join(unsure)}.")
+        met = sum(row.verdict == "pass" for row in gated)
+        return " ".join([*words, f"Measured and met: {met} of {len(gated)} budgets."])
+    if not gated:
+        return f"**Verdict: pass.** The profile {target} sets no budgets."
+    return f"**Verdict: pass.** Every budget of {target} was measured and met ({len(gated)} of {len(gated)})."
+
+
+def _missed(row: Measurement) -> str:
+    return f"{_label(row)} {_value(row)}, allowed {_budget(row)}"
+
+
+def table(rows: Sequence[Measurement], *, embedding: bool = False) -> str:
+    """Measured beside predicted beside allowed, in the order a person asks."""
+    by_name = {row.name: row for row in rows}
+    always = _ALWAYS_EMBEDDING if embedding else _ALWAYS
+    known = [name for name in _ROWS if name in by_name or name in always]
+    names = [*known, *(name for name in by_name if name not in _ROWS)]
+    lines = ["| | measured | predicted | budget | verdict |", "|---|---:|---:|---:|---|"]
+    for name in names:
+        row = by_name.get(name) or Measurement(name, None, "", measured_on=None)
+        predicted = "" if row.predicted is None else _format(row, row.predicted)
+        words = (row.verdict or "").replace("_", " ")
+        lines.append(f"| {_label(row)} | {_value(row)} | {predicted} | {_budget(row)} | {words} |")
+    return "\n".join(lines)
+
+
+def _label(row: Measurement) -> str:
+    return _ROWS[row.name][0] if row.name in _ROWS else escape(row.name)
+
+
+def _format(row: Measurement, value: float) -> str:
+    return (_ROWS[row.name][1] if row.name in _ROWS else _plain("" if row.unit == "1" else escape(row.unit)))(value)
+
+
+def _value(row: Measurement) -> str:
+    if row.value is None:
+        return "not measured"
+    text = _format(row, row.value)
+    if row.ci95 is None:
+        return text
+    half = (row.ci95[1] - row.ci95[0]) / 2
+    return f"{text} ± {f'{100 * half:.2g} %' if text.endswith('%') else f'{half:.2g}'}"
+
+
+def _budget(row: Measurement) -> str:
+    signs = {"max": "≤", "min": "≥"}
+    return ", ".join(f"{signs[side]} {_format(row, limit)}" for side, limit in sorted((row.budget or {}).items()))
+
+
+def _summary(manifest: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    quantize = manifest["recipe"].get("quantize")
+    words = [f"{_code(manifest['artifact'])}"]
+    if quantize:
+        words.append(f"quantized to {escape(quantize)}")
+    if isinstance(plan.get("parameters"), int):
+        words.append(f"{plan['parameters'] / 1e6:,.1f} million parameters")
+    if plan.get("architecture"):
+        words.append(f"architecture {escape(plan['architecture'])}")
+    return ", ".join(words) + "."
+
+
+def _footnote(manifest: Mapping[str, Any], rows: Sequence[Measurement]) -> str:
+    """What the numbers rest on: samples, machine."""
+    samples = sorted({row.n for row in rows if row.n and ("kld" in row.name or "cosine" in row.name)})
+    words = ["± is half of the 95 % confidence interval; predicted values were computed before the build."]
+    if samples:
+        words.append(f"Fidelity rests on {samples[-1]:,} scored samples.")
+    machine = ", ".join(f"{key} {_short(value)}" for key, value in sorted(manifest["measured_on"].items()) if value)
+    if any(row.value is not None for row in rows) and machine:
+        words.append(f"Measured on the machine of the build: {machine}.")
+    return " ".join(words)
+
+
+def _run(manifest: Mapping[str, Any], runtime: Mapping[str, Any]) -> list[str]:
+    name = f"{manifest['name']}-{manifest['target_name']}"
+    return [
+        f"**{title}**\n\n```{language}\n{code}\n```"
+        for title, language, code in sections(name, manifest["artifact"], runtime)
+    ]
+
+
+def _origin(manifest: Mapping[str, Any], licences: Sequence[str]) -> str:
+    source = manifest["source"]
+    licence = source.get("licence")
+    facts = {
+        "model": source.get("id") or source.get("name"),
+        "revision": source.get("revision"),
+        "commit": source.get("commit"),
+        "licence": licence or "unknown: the source states none; ask its authors before you pass the model on",
+        "gated": source.get("gated") or None,
+    }
+    files = ", ".join(_code(path) for path in licences)
+    return (
+        _facts(facts) + f"\n\nLicence texts: {files}. The sha256 of every source file is in {_code('edgepack.json')}."
+    )
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    lines = [f"| {escape(key)} | {_short(value)} |" for key, value in facts.items() if value not in (None, "", {}, [])]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{escape(key)} {_short(value[key])}" for key in sorted(value))[:400]
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_short(item) for item in value)[:400]
+    return escape(value)
+
+
+def escape(value: Any) -> str:
+    """Text from elsewhere as Markdown that shows it and does nothing else."""
+    text = one_line(value)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~$!]|^#)", r"\\\1", text)
+
+
+def _code(text: str) -> str:
+    """A code span whose content can't end it."""
+    flat = one_line(text)
+    fence = "`" * (max((len(run) for run in re.findall("`+", flat)), default=0) + 1)
+    pad = " " if flat.startswith("`") or flat.endswith("`") else ""
+    return f"{fence}{pad}{flat}{pad}{fence}"
