@@ -73,7 +73,7 @@ class Build:
             found |= {"reference": fidelity["reference"], "logits": fidelity["logits"]}
             found["rows"] += fidelity["rows"]
         if measure.latency and plan.target.device.is_this_machine:
-            timed = steps.latency(self.shop, plan.target, artifact, sha256, plan.context, embedding=plan.embedding)
+            timed = steps.latency(self.shop, plan.target, artifact, sha256, plan.context)
             found["rows"] += timed["rows"]
         return found
 

@@ -57,29 +57,30 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise storage_error(error, path) from error
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, beside: Path | None = None) -> None:
     """Write a file so that `path` holds either what it held before or all of `data`, after a crash too.
+
+    Args:
+        path: The file.
+        data: All of its content.
+        beside: Folder for the temporary file, on the same file system; None takes that of `path`. SIGKILL leaves it.
 
     Raises:
         StorageError: The file system refused; `path` is unchanged and no temporary file is left.
     """
+    temporary = (beside or path.parent) / f".{os.urandom(8).hex()}.tmp"
     with storage_errors(path):
-        _write_atomic(path, data)
-
-
-def _write_atomic(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_folder(path.parent)
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_folder(path.parent)
 
 
 def sync_file(path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from edgepack import locks
 from edgepack.errors import UsageError
-from edgepack.files import discard, remove, storage_errors, sync_folder, sync_tree
+from edgepack.files import discard, storage_errors, sync_folder, sync_tree
 
 _PACKAGE_MARK = "edgepack.json"  # what `--force` may replace: a package, or an empty folder
 _NAME_BYTES = 241  # file systems allow 255, and the temporary name is 14 longer
@@ -103,27 +103,33 @@ def _publish(build: Callable[[Path], None], output: Path, force: bool) -> None:
 
 def _swap(partial: Path, output: Path) -> None:
     if not os.path.lexists(output):
-        partial.rename(output)
-        sync_folder(output.parent)
+        _move(partial, output)
         return
     descriptor = locks.open_folder(output)
     try:
-        locks.take(descriptor)
+        locks.take(descriptor)  # `_recover` of another process leaves it alone while it is aside
         old = output.with_name(f".{output.name}.old-{os.urandom(2).hex()}")
         output.rename(old)
         try:
-            partial.rename(output)
+            _move(partial, output)
         except BaseException:
             old.rename(output)
             raise
-        sync_folder(output.parent)
-        remove(old)
+        discard(old)  # what can't be removed now is removed by the next `publish`
     except locks.Busy as error:
-        raise UsageError(
-            f"{output} is being replaced by another process", hint="Wait for it, or choose another."
-        ) from error
+        hint = "Wait for it, or choose another folder with -o."
+        raise UsageError(f"{output} is being replaced by another process", hint=hint) from error
     finally:
         os.close(descriptor)
+
+
+def _move(partial: Path, output: Path) -> None:
+    partial.rename(output)
+    try:
+        sync_folder(output.parent)
+    except BaseException:
+        output.rename(partial)
+        raise
 
 
 def _recover(output: Path) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from edgepack.canonical import canonical_json
 from edgepack.errors import InputRefused
-from edgepack.files import write_atomic
 from edgepack.strict_json import parse_object
 
 _PLACES_KEPT = 8  # of a file; each is hashed when the entry is read
@@ -32,18 +31,14 @@ class Releases:
         except (OSError, InputRefused, KeyError, TypeError, AttributeError):
             return {}  # its files are missing then, which makes the entry damaged
 
-    def remember(self, key: str, file: str, places: Sequence[Path]) -> None:
-        """Put `places` before those known of a file.
-
-        Raises:
-            StorageError: The record can't be written; it is as it was.
-        """
+    def with_places(self, key: str, file: str, places: Sequence[Path]) -> tuple[Path, bytes]:
+        """The record's path, and what to write there so that `places` come before those known of a file."""
         known = self.of(key)
         known[file] = list(dict.fromkeys([*(place.absolute() for place in places), *known.get(file, [])]))[
             :_PLACES_KEPT
         ]
         files = {name: [str(place) for place in its] for name, its in known.items()}
-        write_atomic(self._path(key), canonical_json({"schema_version": 1, "files": files}))
+        return self._path(key), (canonical_json({"schema_version": 1, "files": files}))
 
     def forget(self, key: str) -> None:
         """Remove the record of an entry that is no more."""

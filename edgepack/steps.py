@@ -202,9 +202,7 @@ def fidelity(
     return dict(found)
 
 
-def latency(
-    shop: Workshop, target: Target, artifact: Path, artifact_sha256: str, context: int, *, embedding: bool
-) -> dict[str, Any]:
+def latency(shop: Workshop, target: Target, artifact: Path, artifact_sha256: str, context: int) -> dict[str, Any]:
     """Time to first token and decode rate (latency for an embedder), load time and peak memory on this machine."""
     measure = target.measure
     settings = {
@@ -216,7 +214,6 @@ def latency(
         "threads": shop.threads,
         "context": context,
         "gpu_layers": target.runtime.gpu_layers,
-        "embedding": embedding,
     }
     with step(shop.listener, "latency", f"{artifact.name}, {shop.threads} threads", unit="runs") as handle:
         found, handle.cached = shop.remember(

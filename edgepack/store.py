@@ -30,7 +30,17 @@ from typing import Any
 from edgepack import locks
 from edgepack.entries import MANIFEST, Damaged, FileRecord, Released, key_of, read, seal
 from edgepack.errors import StorageError
-from edgepack.files import clone, copy, discard, remove, storage_errors, sync_folder, write_atomic
+from edgepack.files import (
+    clone,
+    copy,
+    discard,
+    is_storage_error,
+    remove,
+    storage_error,
+    storage_errors,
+    sync_folder,
+    write_atomic,
+)
 from edgepack.publish import published_place
 from edgepack.releases import Releases, link, took_over
 
@@ -118,10 +128,19 @@ class Store:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A temporary folder on the store's file system, removed at the end of the block whatever happens."""
+        """A temporary folder on the store's file system, removed at the end of the block whatever happens.
+
+        Raises:
+            StorageError: It can't be made, or the block met a full, read-only or failing file system.
+        """
         self._prepare()
         with self._temporary("scratch") as (folder, _):
-            yield folder
+            try:
+                yield folder
+            except OSError as error:
+                if is_storage_error(error):
+                    raise storage_error(error, folder) from error
+                raise
 
     def release(self, entry: Entry, file: str, destination: Path) -> None:
         """Put a file of an entry at `destination`, without writing a large one twice.
@@ -146,7 +165,7 @@ class Store:
                 # It was released before. Where that place is about to be replaced, its file can be taken over.
                 if final != record.path or not link(record.path, destination):
                     copy(record.path, destination)
-                self._releases.remember(entry.key, file, [final or destination])
+                self._write(*self._releases.with_places(entry.key, file, [final or destination]))
             elif record.size < _COPIED_BELOW:
                 copy(record.path, destination)
             elif not clone(record.path, destination):
@@ -161,7 +180,7 @@ class Store:
                 locks.take(descriptor, shared=True)
             copy(entry.files[file].path, destination)
             return
-        self._releases.remember(entry.key, file, [place for place in (final, destination) if place])
+        self._write(*self._releases.with_places(entry.key, file, [place for place in (final, destination) if place]))
         if not link(entry.files[file].path, destination):
             copy(entry.files[file].path, destination)
         if final is None:
@@ -312,6 +331,11 @@ class Store:
             finally:
                 os.close(descriptor)
 
+    def _write(self, path: Path, data: bytes) -> None:
+        # Not beside `path`: what a killed process leaves in a folder of its own is cleared away.
+        with self._temporary("write") as (folder, _):
+            write_atomic(path, data, beside=folder)
+
     def _prepare(self) -> None:
         if self._ready:
             return
@@ -320,7 +344,7 @@ class Store:
             for name in ("tmp", "done", "bad", "released", "locks"):
                 (self.root / name).mkdir(exist_ok=True)
             if not (self.root / "CACHEDIR.TAG").is_file():
-                write_atomic(self.root / "CACHEDIR.TAG", _CACHEDIR_TAG)
+                self._write(self.root / "CACHEDIR.TAG", _CACHEDIR_TAG)
             self._clean()
         self._ready = True
 

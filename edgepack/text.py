@@ -90,7 +90,7 @@ def windows(tokens: Sequence[int], window_tokens: int = WINDOW_TOKENS, limit: in
 def sentences(text: str, limit: int, *, shortest: int = 20, longest: int = 400) -> list[str]:
     """The first `limit` different sentences of a text, for embedders.
 
-    A sentence ends at `.`, `!` or `?` followed by white space, or at a blank line; white space inside becomes one space.
+    A sentence ends at `.`, `!` or `?` before white space, or at a blank line; white space inside becomes one space.
 
     Args:
         text: Any text.

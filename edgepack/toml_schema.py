@@ -125,7 +125,7 @@ class Problems:
         lines = self.found[:SHOWN]
         if len(self.found) > SHOWN:
             lines = [*lines, f"and {len(self.found) - SHOWN} more"]
-        raise ProfileError("\n  ".join([f"{self.where}: {len(self.found)} problems", *lines]), hint=hint)
+        raise ProfileError("\n".join([f"{self.where}: {len(self.found)} problems", *lines]), hint=hint)
 
     def unknown(self, name: str, table: str, tables: Mapping[str, Iterable[str]]) -> None:
         """Note a key that `table` does not have, with the nearest one it has, or the table it belongs to.

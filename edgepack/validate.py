@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepack import steps
+from edgepack import plugins, steps
 from edgepack.errors import InputRefused
 from edgepack.events import Event, Listener
 from edgepack.judgement import SPEED, judged
@@ -49,8 +49,7 @@ def validate_package(
         rows += _latency(shop, package, target, counts=on_target or target.device.is_this_machine)
         facts = machine()
     else:
-        from edgepack.devices.ssh import measure
-
+        measure = plugins.load("device", device.partition("://")[0])
         remote, facts = measure(path, device, overrides=overrides, listener=listener)
         rows += remote
     predicted = {row.name: row.predicted for row in package.measurements if row.predicted is not None}
@@ -112,8 +111,7 @@ def _latency(shop: steps.Workshop, package: Package, target: Target, *, counts: 
     if not target.measure.latency:
         return []
     context = int(package.manifest["recipe"]["context"])
-    embedding = _is_embedding(package)
-    rows = list(steps.latency(shop, target, package.artifact, "", context, embedding=embedding)["rows"])
+    rows = list(steps.latency(shop, target, package.artifact, "", context)["rows"])
     return rows if counts else [_proxy(row) for row in rows]
 
 

@@ -42,6 +42,7 @@ MESSAGE_BYTES = 16 << 20  # a result is a report, never a payload: payloads are 
 _log = logging.getLogger(__name__)
 
 _TAIL_BYTES = 64 << 10  # of the child's stderr; an assertion with its backtrace is a few KiB
+_LAST = {"result", "error", "failure"}  # what a child ends with
 _TICK_SECONDS = 0.2  # how often resident memory is looked at
 _LEAVE_SECONDS = 1.0  # an orderly child is gone microseconds after its result
 _GONE_SECONDS = 5.0  # a killed process is reaped at once unless it waits for a disk
@@ -252,7 +253,8 @@ class _Child:
                     progress(*message["progress"])
                 else:
                     self._message = message
-        return bool(data) and len(self._received) <= 2 * MESSAGE_BYTES
+        garbled = self._message is not None and not _LAST & self._message.keys()
+        return bool(data) and not garbled and len(self._received) <= 2 * MESSAGE_BYTES
 
     def _read_output(self) -> bool:
         data = os.read(self._output, 1 << 20)

@@ -42,7 +42,7 @@ def test_a_malformed_file_is_refused_in_one_line_that_says_why(name: str, tmp_pa
     assert len(caught.value.message) < 600
 
 
-@pytest.mark.parametrize("name", [name for name in hostile.CASES if name != "deep JSON"])
+@pytest.mark.parametrize("name", hostile.CASES)
 def test_the_corpus_says_rightly_what_the_library_refuses(name: str) -> None:
     data, _, refused = hostile.CASES[name]
     assert _library_refuses(data) is refused
@@ -53,7 +53,7 @@ def test_a_file_of_the_library_reads_as_the_library_reads_it(tmp_path: Path) -> 
     tensors = {
         "matrix": generator.standard_normal((3, 5), dtype=np.float32),
         "half": generator.standard_normal(7).astype(np.float16),
-        "scalar": np.float64(1.5).reshape(()),
+        "scalar": np.array(1.5),
         "empty": np.zeros((0, 4), np.float32),
         "ids": np.arange(6, dtype=np.int64).reshape(1, 6),
     }

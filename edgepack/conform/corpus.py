@@ -33,11 +33,11 @@ _NUMBERS = (
 
 _CODE = (
     'def f(x: int) -> str:\n    """Doc."""\n    if x >= 10 and not y:\n\treturn f"{x!r:>{width}}"  # comment\n\n\n',
-    "#include <stdio.h>\r\nint main(void) {\r\n\tprintf(\"%d\\n\", a[i++] << 2);\r\n\treturn 0;\r\n}\r\n",
+    '#include <stdio.h>\r\nint main(void) {\r\n\tprintf("%d\\n", a[i++] << 2);\r\n\treturn 0;\r\n}\r\n',
     "SELECT * FROM t WHERE a<>b AND c!=d || e==f && g->h::i /* x */ // y -- z ;;; !!! ??? ... ,,, ::: === --- ___ ***",
-    '{"key": ["a", 1, null, true], "nested": {"x": -1.0}}\n<a href="https://example.org/?q=1&r=%20#f">text</a> &amp; \\n \\t',
+    '{"key": ["a", 1, null, true], "nested": {"x": -1.0}}\n<a href="https://example.org/?q=1&r=%20#f">x</a> &amp; \\n',
     "camelCaseWord PascalCaseWord snake_case_word SCREAMING_CASE kebab-case HTTPServer2XX iPhone15Pro aB Ab AB ab",
-    "/usr/local/bin:$HOME ~/.config C:\\Users\\x `tick` 'q' \"dq\" (p) [b] {c} <t> @user #tag ^caret |pipe| \\back a/b/c/\n/d",
+    "/usr/local/bin:$HOME ~/.config C:\\Users\\x `tick` 'q' \"dq\" (p) [b] {c} <t> @user #tag ^caret |pipe| a/b/c/\n/d",
 )
 
 _SPACE = (
@@ -68,7 +68,8 @@ _SYMBOLS = (
     "😀😃 👍🏽 👩‍👩‍👧‍👦 👨🏿‍🚀 🏳️‍🌈 🏴‍☠️ 🇩🇪🇫🇷🇯🇵 ❤️ ☺︎ 1️⃣ #️⃣ 🫠🪿 x😀y 😀 😀",
     "∀x∈ℝ: ⌈x⌉ = −⌊−x⌋, ∑ᵢ aᵢ ≤ √2 ≈ 1.41 ± 0.01 × 10⁻³ ÷ ∞ α→β ⇒ γ ∂f/∂x ∮ ⊕ ¬ ∧ ∨ ℵ ℏ Å µ μ Ω Ω",
     "€£¥₹₿¢ ©®™ §¶†‡ • ‣ ◦ ■□▲△★☆ ♠♥♦♣ ♩♪ ─│┌┐└┘ ▁▂▃▄▅▆▇█ ░▒▓ ⠿ ☃ ✓✗ ➜ ⟨x⟩ ｟y｠ ﹏ ︰",
-    "e\u0301 a\u0308 o\u0323\u0302 n\u0303 A\u030a \u0301alone q\u0307\u0323 q\u0323\u0307 \u1100\u1161\u11a8 \u0915\u093c",
+    "e\u0301 a\u0308 o\u0323\u0302 n\u0303 A\u030a \u0301alone q\u0307\u0323 q\u0323\u0307 \u1100\u1161\u11a8",
+    "\u0915\u093c \u0928\u093c \u09a1\u09bc \u0ba8\u0bbe \u0d15\u0d46\u0d3e",
     "\u212b \u2126 \ufb01 \uff21 \u00e9\u0301 \u0344 \u0958 \u2f800 \U0002f800 \uf900 \u1e9b\u0323",
     "Z̷̢͝a̸l̵g̶o̷ x\u20dd y\u0336 ก\u0e49\u0e33 \u0627\u0653 \u05d1\u05bc",
 )

@@ -1,8 +1,8 @@
 """Proof that a GGUF file's vocabulary turns text into the ids of its Hugging Face tokenizer.
 
 llama.cpp loads the file (vocabulary only) and tokenizes the texts of corpus.py, texts with special tokens inside, and
-the text of tokens taken from all over the vocabulary; so does the source's own tokenizer. Ids must be equal, one by one,
-BOS and EOS included, and turn back into the text. A difference ends the build, unless it is exactly one of
+the text of tokens taken from all over the vocabulary; so does the source's own tokenizer. Ids must be equal, one by
+one, BOS and EOS included, and turn back into the text. A difference ends the build, unless it is exactly one of
 differences.py; those are counted in the result with an example.
 
 The reference is tokenizer.json run by Hugging Face `tokenizers`: the file is what the model was trained with, while
@@ -160,7 +160,7 @@ def first_difference(
     place = min(len(expected), len(found)) if place is None else place
 
     def at(ids: Sequence[int]) -> str:
-        return f"{ids[place]} {ascii(name_of(ids[place]))}" if place < len(ids) else "the end"
+        return f"{ids[place]} {name_of(ids[place])!a}" if place < len(ids) else "the end"
 
     shown = ascii(text if len(text) <= 80 else text[:77] + "...")
     return f"text {shown}, token {place}: the source has {at(expected)}, the GGUF {at(found)}"
@@ -172,9 +172,7 @@ def _comes_back(text: str, ids: list[int], reference: Reference, engine: Model) 
     back = pieces(engine, ids).decode("utf-8", "replace")
     # A space before the text belongs to the tokenizer, which drops it when decoding; llama.cpp leaves that to callers.
     if back not in (text, " " + text):
-        raise ConformanceError(
-            f"token ids turn back into another text: {ascii(text[:80])} comes back as {ascii(back[:80])}"
-        )
+        raise ConformanceError(f"token ids turn back into another text: {text[:80]!a} comes back as {back[:80]!a}")
     return True
 
 
@@ -243,7 +241,7 @@ def load_tokenizer(document: dict[str, Any], where: str) -> Any:
 
     try:
         tokenizer = Tokenizer.from_str(json.dumps(document))
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+    except Exception as error:
         raise InputRefused(f"{where}: Hugging Face tokenizers can't read it: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -257,12 +255,14 @@ def _json_reference(folder: Path) -> Reference:
 
     def differences(engine: Engine) -> Iterator[tuple[str, Encode]]:
         for difference in known(document, engine):
-            yield difference.reason, _encoder(load_tokenizer(difference.tokenizer, where))
+            yield difference.reason, _encoder(load_tokenizer(difference.tokenizer, where), difference.prepare)
 
+    # WordPiece does not keep white space: no text comes back as it was.
+    lossless = document["model"].get("type") != "WordPiece"
     return Reference(
         name="tokenizer.json",
         encode=_encoder(tokenizer),
-        decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False)),
+        decode=(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))) if lossless else None,
         name_of=tokenizer.id_to_token,
         special=tuple(entry["content"] for entry in document.get("added_tokens") or []),
         around=_around(tokenizer, folder),
@@ -270,12 +270,12 @@ def _json_reference(folder: Path) -> Reference:
     )
 
 
-def _encoder(tokenizer: Any) -> Encode:
-    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+def _encoder(tokenizer: Any, prepare: Callable[[str], str] = str) -> Encode:
+    return lambda text: list(tokenizer.encode(prepare(text), add_special_tokens=False).ids)
 
 
 def _around(tokenizer: Any, folder: Path) -> tuple[list[int], list[int]]:
-    """What is put around a text: tokenizer_config.json's flags if it has them, as in transformers, else tokenizer.json."""
+    """(before, after) a text: by the flags of tokenizer_config.json, as in transformers, else by tokenizer.json."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     if ("add_bos_token" in config or "add_eos_token" in config) and not config.get("cls_token"):
@@ -321,7 +321,9 @@ def _gguf_reference(file: Path) -> Reference:
         name="GGUF",
         encode=lambda text: model.tokenize(text, add_special=False, parse_special=True),
         decode=lambda ids: pieces(model, ids).decode("utf-8", "replace"),
-        name_of=lambda number: pieces(model, [number]).decode("utf-8", "replace") if number < model.vocab_size else None,
+        name_of=lambda number: (
+            pieces(model, [number]).decode("utf-8", "replace") if number < model.vocab_size else None
+        ),
         special=(),
         around=(whole[:start], whole[start + len(plain) :]),
         differences=lambda engine: (),

@@ -15,7 +15,8 @@ import numpy as np
 
 from edgepack.checkpoint import Checkpoint, TensorInfo, read_rows
 from edgepack.errors import InputRefused
-from edgepack.gguf.families import ARCHITECTURES, HEADS, MODEL_TYPES, Architecture, Module
+from edgepack.gguf.families import ARCHITECTURES, HEADS, MODEL_TYPES
+from edgepack.gguf.family import Architecture, Module
 from edgepack.gguf.file import Metadata, u32
 from edgepack.gguf.general import general_metadata
 from edgepack.gguf.hyperparameters import Config, Hyperparameters, hyperparameter_metadata, read_hyperparameters
@@ -62,11 +63,10 @@ def describe_checkpoint(checkpoint: Checkpoint) -> ModelSpec:
         Metadata and tensors, in the order token embedding, output, layers.
 
     Raises:
-        InputRefused: The architecture, a setting, the tokenizer or a tensor is not supported; config.json contradicts the
-            tensors; a tensor is missing or unknown.
+        InputRefused: The architecture, a setting, the tokenizer or a tensor is not supported; config.json contradicts
+            the tensors; a tensor is missing or unknown.
     """
     architecture = find_architecture(checkpoint)
-    _refuse_quantized(checkpoint)
     numbers = read_hyperparameters(checkpoint.config, architecture)
     pooling = read_pooling(checkpoint)
     if pooling is None and not architecture.causal:
@@ -87,16 +87,6 @@ def describe_checkpoint(checkpoint: Checkpoint) -> ModelSpec:
         embedding=pooling is not None,
         attention=numbers.attention,
     )
-
-
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
-        raise InputRefused(
-            f"config.json: the checkpoint is quantized already ({method}); expected full weights",
-            hint="bring the checkpoint it was made from",
-        )
 
 
 def _tensors(
@@ -202,8 +192,8 @@ def _output(
         )
     if architecture.output == "tied" and not tied:
         raise InputRefused(
-            f"{checkpoint.path.name}: {name} differs from the token embedding; llama.cpp's {architecture.name} graph uses "
-            "the embedding for both"
+            f"{checkpoint.path.name}: {name} differs from the token embedding; llama.cpp's {architecture.name} graph "
+            "uses the embedding for both"
         )
     if architecture.output == "required" and tied:
         return embedding
@@ -236,7 +226,7 @@ def _refuse_unknown(checkpoint: Checkpoint, architecture: Architecture, prefix: 
         if any(re.fullmatch(pattern, name) for pattern in ignored[False]):
             continue
         raise InputRefused(
-            f"{checkpoint.tensors[name].file.name}: tensor {name} is not part of {architecture.name} with this config.json; "
-            "it would be lost",
+            f"{checkpoint.tensors[name].file.name}: tensor {name} is not part of {architecture.name} with this "
+            "config.json; it would be lost",
             hint=BRING_A_GGUF,
         )

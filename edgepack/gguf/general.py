@@ -1,7 +1,7 @@
 """The `general.*` keys: what a model is called, whose it is, on what terms, and how it wants to be sampled.
 
-Taken from the model card's front matter, generation_config.json and the folder's name. Everything is data of the model's
-author, copied, never interpreted.
+Taken from the model card's front matter, generation_config.json and the folder's name. Everything is data of the
+model's author, copied, never interpreted.
 
 Sources: the GGUF specification (ggml docs/gguf.md, general metadata and naming convention); llama.cpp
 gguf-py/gguf/metadata.py (which keys come from where); the Hub's model card fields.
@@ -117,8 +117,12 @@ def _without_side_effects(name: str, checkpoint: Checkpoint, architecture: str) 
 def _strips_like_phi3(checkpoint: Checkpoint) -> bool:
     """Whether special tokens take the white space after them, and those llama.cpp excepts are there."""
     added = (checkpoint.json("tokenizer.json") or {}).get("added_tokens")
-    tokens = {str(entry.get("content")): entry for entry in added if isinstance(entry, dict)} if isinstance(added, list) else {}
-    return _PHI3_TOKENS <= tokens.keys() and any(
+    tokens = (
+        {str(entry.get("content")): entry for entry in added if isinstance(entry, dict)}
+        if isinstance(added, list)
+        else {}
+    )
+    return _PHI3_TOKENS.issubset(tokens) and any(
         entry.get("special") and entry.get("rstrip") for token, entry in tokens.items() if token not in _PHI3_TOKENS
     )
 

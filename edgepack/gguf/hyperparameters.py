@@ -1,7 +1,7 @@
 """The numbers of a model: config.json read by a row of the table, checked, and written as llama.cpp's keys.
 
-A key that config.json leaves out has the value transformers gives it (`Architecture.defaults`); one without such a default
-is required. Knows nothing of tensors.
+A key that config.json leaves out has the value transformers gives it (`Architecture.defaults`); one without such a
+default is required. Knows nothing of tensors.
 
 Sources: llama.cpp conversion/base.py (set_gguf_parameters), src/llama-model.cpp (load_hparams).
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgepack.errors import InputRefused
-from edgepack.gguf.families import Architecture
+from edgepack.gguf.family import Architecture
 from edgepack.gguf.file import Metadata, ValueType, array, boolean, f32, u32
 from edgepack.gguf.model import Attention
 from edgepack.gguf.rope import Rope, read_rope, rope_metadata
@@ -97,8 +97,8 @@ def read_hyperparameters(document: Mapping[str, Any], architecture: Architecture
         architecture: The row.
 
     Raises:
-        InputRefused: A key is missing or of the wrong type, contradicts another, or asks for something the graph does not
-            compute.
+        InputRefused: A key is missing or of the wrong type, contradicts another, or asks for something the graph does
+            not compute.
     """
     config = Config(document, architecture)
     sizes = _sizes(config, architecture)
@@ -165,15 +165,15 @@ def _check_requirements(config: Config, architecture: Architecture, sizes: Mappi
     activation = config.get("hidden_act")
     if activation not in architecture.activations:
         raise InputRefused(
-            f"config.json: {config.name('hidden_act')} is {activation!r}; llama.cpp's {architecture.name} graph computes "
-            f"{' or '.join(sorted(architecture.activations))}"
+            f"config.json: {config.name('hidden_act')} is {activation!r}; llama.cpp's {architecture.name} graph "
+            f"computes {' or '.join(sorted(architecture.activations))}"
         )
     for requirement in architecture.requires:
         value = config.get(requirement.config)
         if not requirement.allowed(value, sizes):
             raise InputRefused(
-                f"config.json: {config.name(requirement.config)} is {value!r}; llama.cpp's {architecture.name} graph needs "
-                f"{requirement.expected}"
+                f"config.json: {config.name(requirement.config)} is {value!r}; llama.cpp's {architecture.name} graph "
+                f"needs {requirement.expected}"
             )
 
 

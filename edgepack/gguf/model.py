@@ -17,6 +17,9 @@ import numpy.typing as npt
 
 from edgepack.gguf.file import Metadata
 
+MICRO_BATCH = 512  # llama.cpp's default n_ubatch
+CACHE_PAD = 256  # cells are allocated in multiples of it (llama-context.cpp)
+
 ReadRows = Callable[[int, int], npt.NDArray[np.float32]]
 
 
@@ -119,9 +122,15 @@ class ModelSpec:
     def kv_bytes(self, context: int, bytes_per_value: float = 2.0) -> int:
         """Bytes of the key-value cache at `context` tokens (f16 by default, as llama.cpp keeps it)."""
         return int(
-            sum((a.key_width + a.value_width) * min(context, a.window or context) for a in self.attention)
+            sum((a.key_width + a.value_width) * cache_cells(context, a.window) for a in self.attention)
             * bytes_per_value
         )
+
+
+def cache_cells(context: int, window: int | None) -> int:
+    """Tokens llama.cpp keeps room for: the context, or a window and one micro-batch (llama-kv-cache-iswa.cpp)."""
+    needed = context if window is None else min(context, window + MICRO_BATCH)
+    return -(-needed // CACHE_PAD) * CACHE_PAD
 
 
 def describe(path: Path) -> ModelSpec:

@@ -62,6 +62,6 @@ def _mode(settings: Mapping[str, Any], name: str) -> str:
     modes = [newer] if isinstance(newer, str) else [mode for flag, mode in _FLAGS.items() if settings.get(flag)]
     if len(modes) != 1 or modes[0] not in POOLING:
         raise InputRefused(
-            f"{name}: pooling {' + '.join(map(str, modes)) or 'none'}; llama.cpp has {', '.join(POOLING)}, one at a time"
+            f"{name}: pooling {' + '.join(map(str, modes)) or 'none'}; llama.cpp has one of {', '.join(POOLING)}"
         )
     return str(modes[0])

@@ -251,5 +251,5 @@ def _unknown(tokenizer: Mapping[str, Any], why: str) -> InputRefused:
     known = ", ".join(dict.fromkeys(entry.name for entry in PRE_TOKENIZERS))
     return InputRefused(
         f"tokenizer.json: pre_tokenizer not understood: {why}: {structure[:1500]}",
-        hint=f"Known structures: those of {known}. If llama.cpp's converter knows this model, give its F16 GGUF instead.",
+        hint=f"Known: the structures of {known}. If llama.cpp's converter knows this model, give its F16 GGUF instead.",
     )

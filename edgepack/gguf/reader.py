@@ -36,12 +36,12 @@ from edgepack.gguf.header import (
 from edgepack.gguf.types import REMOVED_IDS, TYPES_BY_ID, row_bytes
 from edgepack.gguf.values import SIZE, STRUCT, Metadata, PackedArray, Value, ValueType
 
-# Limits of this reader, each far above what published models need and low enough that a hostile file costs < 2 s.
-MAX_KEYS = 1 << 16  # the largest in use is about 60
-MAX_TENSORS = 1 << 16  # a mixture of experts of 60 layers has about 1,000
-MAX_ELEMENTS = 1 << 22  # in all arrays; the largest vocabulary has 262,144 tokens, scores and types and 515,000 merges
-MAX_TEMPLATE = 1 << 16  # bytes; templates are programs, published ones stay below 25,000
-MAX_SPLITS = 1 << 10  # 163 is the largest split published
+# Limits of this reader: far above what models need, and low enough that a hostile file costs less than 2 s and 300 MB.
+MAX_KEYS = 1 << 16  # the vocabulary files in llama.cpp's own repository have 16 to 42
+MAX_TENSORS = 1 << 16  # 512 layers (LLAMA_MAX_LAYERS) of 128 tensors
+MAX_ELEMENTS = 1 << 22  # in all arrays; Gemma 4 has 1.3 million (262,144 tokens, scores and types, 514,906 merges)
+MAX_TEMPLATE = 1 << 16  # bytes, as for checkpoints: a template is a program that is run
+MAX_SPLITS = 1 << 10  # shards of 1 GB hold a model of 1 TB
 MAX_INT64 = (1 << 63) - 1
 
 _KEY_TYPES = {

@@ -53,8 +53,9 @@ class Rope:
     def attention_factor(self) -> float | None:
         """What cosine and sine are multiplied with, relative to what llama.cpp does by itself; None where it is 1.
 
-        llama.cpp multiplies yarn by 0.1 ln(factor) + 1 (ggml_rope_yarn) and reads `rope.scaling.yarn_attn_factor` without
-        effect (src/llama-context.cpp overwrites it), so a factor of the model's own goes into `rope.scaling.attn_factor`.
+        llama.cpp multiplies yarn by 0.1 ln(factor) + 1 (ggml_rope_yarn) and has no use for the converter's key
+        `rope.scaling.yarn_attn_factor` (src/llama-context.cpp overwrites it), so a factor of the model's own goes into
+        `rope.scaling.attn_factor`.
         """
         own = self.scaling.get("attention_factor")
         if self.type == "longrope":
@@ -115,7 +116,8 @@ def read_rope(
     kind = _SYNONYMS.get(full["rope_type"], full["rope_type"])
     if not isinstance(kind, str) or kind not in supported:
         raise InputRefused(
-            f"config.json: rope type {kind!r} is not computed by llama.cpp's graph; expected one of {', '.join(sorted(supported))}"
+            f"config.json: rope type {kind!r} is not computed by llama.cpp's graph; expected one of "
+            f"{', '.join(sorted(supported))}"
         )
     _check_local(full, local, kind, has_base=local_theta is not None, uniform=uniform)
     part = _number(full, "partial_rotary_factor", partial_default)
@@ -171,12 +173,13 @@ def _check_local(
     local_kind = _SYNONYMS.get(local["rope_type"], local["rope_type"])
     if theta_differs and not has_base:
         raise InputRefused(
-            f"config.json: rope_theta is {full.get('rope_theta')} in full and {local.get('rope_theta')} in sliding layers; "
-            "llama.cpp's graph has one base for both"
+            f"config.json: rope_theta is {full.get('rope_theta')} in full and {local.get('rope_theta')} in sliding "
+            "layers; llama.cpp's graph has one base for both"
         )
     if uniform and local_kind != kind:
         raise InputRefused(
-            f"config.json: rope type is {kind} in full and {local_kind} in sliding layers; llama.cpp's graph scales both alike"
+            f"config.json: rope type is {kind} in full and {local_kind} in sliding layers; llama.cpp's graph scales "
+            "both alike"
         )
     if not uniform and local_kind != "default":
         raise InputRefused(
@@ -207,10 +210,12 @@ _YARN_FIXED: Mapping[str, Any] = {"beta_fast": 32, "beta_slow": 1, "truncate": T
 def _check_scaling(rope: Rope) -> None:
     for key in _REQUIRED.get(rope.type, ()):
         _number(rope.scaling, key, math.nan)
-    if rope.type == "yarn" and rope.scaling.get("truncate", True) is not True:
-        raise InputRefused(
-            "config.json: rope parameter truncate is false; llama.cpp always rounds yarn's range of dimensions"
-        )
+    for key, computed in _YARN_FIXED.items() if rope.type == "yarn" else ():
+        found = rope.scaling.get(key)
+        if found is not None and found != computed:
+            raise InputRefused(
+                f"config.json: rope parameter {key} is {found!r}; llama.cpp's graph computes {computed!r}"
+            )
     if rope.type == "longrope":
         for key in ("short_factor", "long_factor"):
             values = rope.scaling.get(key)

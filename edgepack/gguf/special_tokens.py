@@ -17,6 +17,7 @@ from typing import Any
 from edgepack.checkpoint import Checkpoint
 from edgepack.errors import InputRefused
 from edgepack.gguf.file import Metadata, ValueType, array, boolean, string, u32
+from edgepack.gguf.vocab import Vocab
 
 MAX_TEMPLATE_BYTES = 64 << 10  # published templates stay below 20 KiB; the limit llama.cpp front ends are given
 
@@ -134,20 +135,23 @@ def _template(node: Mapping[str, Any]) -> Affixes:
     return Affixes(tuple(before), tuple(after))
 
 
-def affixes(checkpoint: Checkpoint, tokenizer: Mapping[str, Any] | None, ids: Mapping[str, int]) -> Affixes:
+def affixes(
+    checkpoint: Checkpoint, tokenizer: Mapping[str, Any] | None, ids: Mapping[str, int], roles: Mapping[str, int]
+) -> Affixes:
     """What the model's tokenizer puts around a text, as transformers decides it.
 
     Args:
         checkpoint: For tokenizer_config.json.
         tokenizer: Parsed tokenizer.json, or None.
         ids: Token text -> id.
+        roles: Ids that tokenizer.model gives to BOS and EOS.
 
     Raises:
         InputRefused: More than one token on a side, which llama.cpp can't add.
     """
     config = checkpoint.json("tokenizer_config.json") or {}
     if tokenizer is None:  # tokenizer.model says nothing; its users (Llama, Gemma) add BOS unless told otherwise
-        found, config = Affixes(), {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"} | config
+        found, config = Affixes(), {"add_bos_token": "bos" in roles} | config
     else:
         try:
             found = post_processor(tokenizer.get("post_processor"))
@@ -156,21 +160,21 @@ def affixes(checkpoint: Checkpoint, tokenizer: Mapping[str, Any] | None, ids: Ma
                 f"tokenizer.json: post_processor is malformed ({type(error).__name__}: {error})"
             ) from error
     if any(flag in config for flag in ("add_bos_token", "add_eos_token")) and not config.get("cls_token"):
-        bos, eos = (_token_id(config.get(f"{role}_token"), ids) for role in ("bos", "eos"))
+        bos, eos = (_token_id(config.get(f"{role}_token"), ids, roles.get(role)) for role in ("bos", "eos"))
         found = Affixes(
             (bos,) if config.get("add_bos_token") and bos is not None else (),
             (eos,) if config.get("add_eos_token") and eos is not None else (),
         )
     if len(found.before) > 1 or len(found.after) > 1:
         raise InputRefused(
-            f"tokenizer.json: post_processor adds tokens {list(found.before)} before and {list(found.after)} after a text;"
-            " llama.cpp can add one on each side"
+            f"tokenizer.json: post_processor adds tokens {list(found.before)} before a text, {list(found.after)} after"
+            " it; llama.cpp can add one on each side"
         )
     return found
 
 
 def special_tokens(
-    checkpoint: Checkpoint, ids: Mapping[str, int], around: Affixes, *, rows: int, model: str
+    checkpoint: Checkpoint, ids: Mapping[str, int], around: Affixes, *, rows: int, vocab: Vocab
 ) -> Metadata:
     """All `*_token_id` and `add_*` keys.
 
@@ -180,9 +184,10 @@ def special_tokens(
         around: From `affixes`: a token that is added is BOS or EOS, whatever the folder calls it, for llama.cpp adds
             no other.
         rows: Ids from here on do not exist and are not written (`-1` and the like are in use for "none").
-        model: `tokenizer.ggml.model`.
+        vocab: For its kind and the roles it knows of itself.
     """
-    found = _roles(checkpoint, ids, rows)
+    model = vocab.model
+    found = {**vocab.roles} | _roles(checkpoint, ids, rows)
     turn_end, message_end = _ends(checkpoint, ids, found.get("eos"), rows)
     if model == "bert":
         # llama.cpp puts BOS and SEP around the text of a WordPiece model, always (tokenize, LLAMA_VOCAB_TYPE_WPM).
@@ -194,7 +199,7 @@ def special_tokens(
         if around.after and around.after[0] != found.get("eos"):
             turn_end = turn_end if turn_end is not None else found.get("eos")
             found["eos"] = around.after[0]
-        # Without the key llama.cpp takes id 11 of a BPE vocabulary (a comma in GPT-2's) and id 1 of a SentencePiece one.
+        # Without the key llama.cpp takes id 11 of a BPE vocabulary (a comma in GPT-2's), 1 of a SentencePiece one.
         end = found.setdefault("eos", found.get("bos", found.get("sep", 0)))
         found.setdefault("bos", end)
     keys = {f"tokenizer.ggml.{_ROLES[role]}_token_id": u32(number) for role, number in found.items()}
@@ -246,9 +251,9 @@ def _ends(checkpoint: Checkpoint, ids: Mapping[str, int], eos: int | None, rows:
     return turn_end, rest[0] if rest else None
 
 
-def _token_id(token: Any, ids: Mapping[str, int]) -> int | None:
+def _token_id(token: Any, ids: Mapping[str, int], default: int | None = None) -> int | None:
     text = token.get("content") if isinstance(token, dict) else token
-    return ids.get(text) if isinstance(text, str) else None
+    return ids.get(text, default) if isinstance(text, str) else default
 
 
 def _numbers(value: Any, rows: int) -> Iterable[int]:

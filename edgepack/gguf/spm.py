@@ -1,10 +1,11 @@
 """SentencePiece vocabularies: BPE with byte fallback, and unigram, from tokenizer.json or from tokenizer.model.
 
-llama.cpp's SentencePiece BPE (`llama`) has no merges: it joins the two neighbours whose text is the token of the highest
-score, any two whose text is a token. tokenizer.json has merges and no scores. The two agree when every way to join two
-tokens into a third is a merge, and the merges of one token stand together; then the rank of a token's merges is its
-score. That holds for tokenizers converted from SentencePiece and not for those trained by Hugging Face `tokenizers`;
-the latter run in llama.cpp as BPE with merges over raw UTF-8 (`sarvam-moe`), provided they put no space before the text.
+llama.cpp's SentencePiece BPE (`llama`) has no merges: it joins the two neighbours whose text is the token of the
+highest score, any two whose text is a token. tokenizer.json has merges and no scores. The two agree when every way to
+join two tokens into a third is a merge, and the merges of one token stand together; then the rank of a token's merges
+is its score. That holds for tokenizers converted from SentencePiece and not for those trained by Hugging Face
+`tokenizers`; the latter run in llama.cpp as BPE with merges over raw UTF-8 (`sarvam-moe`), provided they put no space
+before the text.
 
 Does not know whether the ids agree: `edgepack/conform/tokens.py` proves it.
 
@@ -216,6 +217,6 @@ def _unknown(part: str, tokenizer: Mapping[str, Any]) -> InputRefused:
     structure = json.dumps(tokenizer.get(part), ensure_ascii=False)
     return InputRefused(
         f"tokenizer.json: {part} not understood for a SentencePiece tokenizer: {structure[:1500]}",
-        hint="Known: Prepend and Replace to '▁', Metaspace, Precompiled, WhitespaceSplit. If llama.cpp's converter knows"
-        " this model, give its F16 GGUF instead.",
+        hint="Known: Prepend and Replace to '▁', Metaspace, Precompiled, WhitespaceSplit. If llama.cpp's converter"
+        " knows this model, give its F16 GGUF instead.",
     )

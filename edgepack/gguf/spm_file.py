@@ -7,13 +7,13 @@ its piece types are numbered like llama.cpp's token types), protobuf encoding sp
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from edgepack.checkpoint import Checkpoint
 from edgepack.errors import InputRefused
-from edgepack.gguf.file import Metadata, ValueType, array, boolean
+from edgepack.gguf.file import boolean
 from edgepack.gguf.tokenizer_json import looks_special
 from edgepack.gguf.vocab import UNUSED_SCORE, TokenType, Vocab
 
@@ -31,7 +31,7 @@ class SentencePieceFile:
         add_dummy_prefix: A space is put before the text.
         remove_extra_whitespaces: Runs of spaces become one, those at the ends go.
         charsmap: Compiled normalisation rules; empty for identity.
-        bos: Id of BOS, or -1.
+        roles: Ids of `unk`, `bos`, `eos`, `pad`, those there are.
     """
 
     pieces: tuple[tuple[str, float, int], ...]
@@ -39,7 +39,7 @@ class SentencePieceFile:
     add_dummy_prefix: bool
     remove_extra_whitespaces: bool
     charsmap: bytes
-    bos: int
+    roles: Mapping[str, int]
 
 
 def parse(data: bytes, where: str) -> SentencePieceFile:
@@ -72,15 +72,25 @@ def parse(data: bytes, where: str) -> SentencePieceFile:
         raise InputRefused(
             f"{where}: SentencePiece model of type {kind} with {len(pieces)} pieces; expected unigram or BPE"
         )
-    bos = trainer.get(41, 1)
     return SentencePieceFile(
         pieces=tuple(pieces),
         unigram=kind == _UNIGRAM,
         add_dummy_prefix=bool(normalizer.get(3, 1)),
         remove_extra_whitespaces=bool(normalizer.get(4, 1)),
         charsmap=normalizer.get(2, b""),
-        bos=bos if bos < len(pieces) else -1,  # -1 is stored as 2**64 - 1
+        roles=_roles(trainer, len(pieces)),
     )
+
+
+def _roles(trainer: Mapping[int, Any], count: int) -> dict[str, int]:
+    # TrainerSpec: unk_id 40, bos_id 41, eos_id 42, pad_id 43, with these defaults; -1 (none) is stored as 2**64 - 1.
+    numbers = {
+        "unk": trainer.get(40, 0),
+        "bos": trainer.get(41, 1),
+        "eos": trainer.get(42, 2),
+        "pad": trainer.get(43, -1),
+    }
+    return {role: number for role, number in numbers.items() if 0 <= number < count}
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -128,9 +138,14 @@ def from_model_file(checkpoint: Checkpoint, name: str, rows: int) -> Vocab:
         rows: Rows of the embedding matrix; added tokens beyond it are refused.
 
     Raises:
-        InputRefused: Not a SentencePiece model, or an added token's id is beyond the embedding.
+        InputRefused: Not a SentencePiece model, a unigram one, or an added token's id is beyond the embedding.
     """
     model = parse(checkpoint.data(name) or b"", str(checkpoint.path / name))
+    if model.unigram:
+        raise InputRefused(
+            f"{checkpoint.path / name}: a unigram model, and the folder has no tokenizer.json",
+            hint="Save it once with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR).",
+        )
     tokens = [text for text, _, _ in model.pieces]
     scores = [score for _, score, _ in model.pieces]
     types = [kind for _, _, kind in model.pieces]
@@ -148,17 +163,15 @@ def from_model_file(checkpoint: Checkpoint, name: str, rows: int) -> Vocab:
         if not keep:
             scores[number] = _ADDED_SCORE
             types[number] = TokenType.CONTROL if special or looks_special(text) else TokenType.USER_DEFINED
-    extra: Metadata = {"tokenizer.ggml.remove_extra_whitespaces": boolean(model.remove_extra_whitespaces)}
-    if model.unigram and model.charsmap:
-        extra["tokenizer.ggml.precompiled_charsmap"] = array(ValueType.UINT8, model.charsmap)
     return Vocab(
-        "t5" if model.unigram else "llama",
+        "llama",
         "default",
         tuple(tokens),
         tuple(types),
         scores=tuple(scores),
-        extra=extra,
+        extra={"tokenizer.ggml.remove_extra_whitespaces": boolean(model.remove_extra_whitespaces)},
         prefix_space=model.add_dummy_prefix,
+        roles=model.roles,
     )
 
 

@@ -4,13 +4,14 @@ Works from tokenizer.json (or tokenizer.model where there is none), by structure
 before converts like a published one. What the structure is taken for is proved afterwards by
 `edgepack/conform/tokens.py`; this module only decides.
 
-Sources: llama.cpp `src/llama-vocab.cpp`, `conversion/base.py` (get_vocab_base), Hugging Face `tokenizers` (the format of
-tokenizer.json).
+Sources: llama.cpp `src/llama-vocab.cpp`, `conversion/base.py` (get_vocab_base), Hugging Face `tokenizers` (the format
+of tokenizer.json).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from edgepack.checkpoint import Checkpoint
@@ -58,8 +59,8 @@ def vocabulary(checkpoint: Checkpoint, *, rows: int) -> Metadata:
         ids = {token: index for index, token in enumerate(vocab.tokens) if token}
     else:
         ids, vocab = _from_tokenizer_json(checkpoint, tokenizer, rows)
-    around = affixes(checkpoint, tokenizer, ids)
-    keys = metadata(padded(vocab, rows)) | special_tokens(checkpoint, ids, around, rows=rows, model=vocab.model)
+    around = affixes(checkpoint, tokenizer, ids, vocab.roles)
+    keys = metadata(padded(vocab, rows)) | special_tokens(checkpoint, ids, around, rows=rows, vocab=vocab)
     keys["tokenizer.ggml.add_space_prefix"] = boolean(vocab.prefix_space)
     segments = checkpoint.config.get("type_vocab_size")
     if type(segments) is int and segments > 0:
@@ -85,7 +86,9 @@ def _from_tokenizer_json(
     chats = bool(chat_templates(checkpoint))
     try:
         ids = token_ids(tokenizer)
-        return ids, _vocab(tokenizer, tokens_by_id(ids, rows), chats=chats)
+        vocab = _vocab(tokenizer, tokens_by_id(ids, rows), chats=chats)
+        unknown = ids.get(model_of(tokenizer).get("unk_token") or "", model_of(tokenizer).get("unk_id"))
+        return ids, vocab if unknown is None else replace(vocab, roles={"unk": int(unknown)})
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         # A field that is missing or of another type: `tokenizers` refuses such a file too.
         raise InputRefused(
@@ -125,7 +128,7 @@ def _without_tokenizer_json(checkpoint: Checkpoint, rows: int) -> Vocab:
 def _byte_level(tokenizer: Mapping[str, Any], tokens: list[str]) -> Vocab:
     check_bpe(tokenizer)
     for node in normalizers(tokenizer):
-        # llama.cpp applies no normaliser. NFC changes only text that is not composed: a difference that the proof names.
+        # llama.cpp applies no normaliser. NFC changes only text that is not composed: the proof names the difference.
         if node.get("type") != "NFC":
             raise InputRefused(f"tokenizer.json: normalizer {node.get('type')!r}; llama.cpp applies none to this kind")
     merges = tuple(f"{left} {right}" for left, right in merge_pairs(tokenizer))

@@ -39,7 +39,7 @@ def interleave_heads(rows: Floats, head_dim: int) -> Floats:
     """Reorder the rows of every head from the half-split RoPE order to pairs of neighbours.
 
     transformers rotates value j with value j + head_dim/2, the graphs with LLAMA_ROPE_TYPE_NORM value 2j with 2j + 1
-    (llama.cpp src/llama-model.cpp, llama_model_rope_type). Source: `LlamaModel.permute` of llama.cpp conversion/llama.py.
+    (llama.cpp src/llama-model.cpp, llama_model_rope_type). Source: llama.cpp conversion/llama.py, LlamaModel.permute.
 
     Args:
         rows: `[heads x head_dim, width]`, or a bias `[1, heads x head_dim]`.

@@ -6,6 +6,7 @@ Source: llama.cpp `include/llama.h` (enum llama_token_type), `src/llama-vocab.cp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
@@ -38,6 +39,7 @@ class Vocab:
         merges: `left right`, best first, for `gpt2`.
         extra: Further keys of this kind of tokenizer.
         prefix_space: `tokenizer.ggml.add_space_prefix`.
+        roles: Ids the tokenizer itself gives to `unk`, `bos`, `eos`, `pad`; the folder's other files come first.
     """
 
     model: str
@@ -48,6 +50,7 @@ class Vocab:
     merges: tuple[str, ...] = ()
     extra: Metadata = field(default_factory=dict)
     prefix_space: bool = False
+    roles: Mapping[str, int] = field(default_factory=dict)
 
 
 UNUSED_SCORE = -10000.0  # llama.cpp conversion/base.py: ids that have no token

@@ -91,11 +91,13 @@ def _cut(ids: list[int], longest: int) -> list[int]:
 
 def _unit(vectors: Floats) -> Floats:
     length: Floats = np.linalg.norm(vectors, axis=1, keepdims=True).astype(np.float32)
-    return vectors / np.maximum(length, np.finfo(np.float32).tiny)
+    unit: Floats = (vectors / np.maximum(length, np.finfo(np.float32).tiny)).astype(np.float32)
+    return unit
 
 
 def _neighbours(vectors: Floats) -> npt.NDArray[np.int64]:
     """Index of the most similar other vector."""
     similar = vectors @ vectors.T
     np.fill_diagonal(similar, -np.inf)
-    return similar.argmax(axis=1)
+    nearest: npt.NDArray[np.int64] = similar.argmax(axis=1)
+    return nearest

@@ -6,7 +6,7 @@
       tokenizer/          only for formats that do not embed it
       runtime.json        engine, oldest version, load options
       Modelfile           for Ollama
-      evidence/           validation.json (every measurement), plan.json, samples.jsonl
+      evidence/           validation.json (every check and measurement), plan.json, samples.jsonl
       README.md           the model card
       LICENSES/           the source's licence texts, and what is known of them
       SHA256SUMS          every file but itself; `sha256sum -c SHA256SUMS` works without edgepack

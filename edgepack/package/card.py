@@ -7,7 +7,9 @@ Names come from strangers: they are escaped, so that a model can't write into it
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from edgepack.measurement import Measurement
@@ -16,6 +18,8 @@ from edgepack.package.licences import one_line
 
 
 def _bytes(value: float) -> str:
+    if value < 1e5:
+        return f"{value:,.0f} bytes"
     return f"{value / 1e6:,.2f} MB" if value < 1e9 else f"{value / 1e9:,.2f} GB"
 
 
@@ -56,36 +60,49 @@ _ALWAYS = ("decode_tokens_per_s_p50", "ttft_ms_p50", "peak_rss_mb")
 _ALWAYS_EMBEDDING = ("latency_ms_p50", "peak_rss_mb")
 
 
-def card(
-    manifest: Mapping[str, Any],
-    rows: Sequence[Measurement],
-    plan: Mapping[str, Any],
-    runtime: Mapping[str, Any],
-    licences: Sequence[str],
-) -> str:
+@dataclass(frozen=True)
+class Evidence:
+    """What was found out about the artifact.
+
+    Args:
+        rows: Judged measurements.
+        plan: The plan's JSON; `parameters` and `architecture` are shown where it has them.
+        conformance: What the checks against the source found.
+    """
+
+    rows: tuple[Measurement, ...]
+    plan: Mapping[str, Any]
+    conformance: Mapping[str, Any]
+
+
+def card(manifest: Mapping[str, Any], evidence: Evidence, runtime: Mapping[str, Any], licences: Sequence[str]) -> str:
     """The card as Markdown.
 
     Args:
         manifest: The manifest, digest of the artifact included; its file list is not needed.
-        rows: Judged measurements.
-        plan: The plan's JSON; `parameters` and `architecture` are shown where it has them.
+        evidence: Measurements and checks.
         runtime: `runtime.json`.
         licences: Paths of the licence files in the package.
     """
+    rows = evidence.rows
+    runtime = dict(runtime) | {
+        "chat": runtime.get("chat") or bool((evidence.conformance.get("chat") or {}).get("chats"))
+    }
     name = f"{one_line(manifest['name'])} for {manifest['target_name']}"
     parts = [
         f"# {escape(name)}",
         verdict(manifest, rows),
-        _summary(manifest, plan),
+        _summary(manifest, evidence.plan),
         table(rows, embedding=bool(runtime.get("embedding"))),
         _footnote(manifest, rows),
+        _checks(evidence.conformance),
         "## Run it",
         f"Commands start in this folder. Oldest llama.cpp: {escape(runtime.get('min_version', 'not stated'))}.",
         *_run(manifest, runtime),
         "## Where it is from",
         _origin(manifest, licences),
         "## How it was made",
-        _facts({**manifest["recipe"], **{f"toolchain: {k}": v for k, v in manifest["toolchain"].items()}}),
+        _facts(_recipe(manifest["recipe"]) | {"toolchain": _toolchain(manifest["toolchain"])}),
         "## Check it",
         f"{_code('edgepack verify .')} checks every byte, {_code('sha256sum -c SHA256SUMS')} does so without edgepack, "
         f"{_code('edgepack validate .')} measures again on your machine. Every measurement is in "
@@ -110,9 +127,11 @@ def verdict(manifest: Mapping[str, Any], rows: Sequence[Measurement]) -> str:
         words = ["**Verdict: incomplete.** No budget is missed, but not all could be decided."]
         if unmeasured:
             how = _code("edgepack validate . --device ssh://user@device")
-            words.append(f"Not measured on a {target}: {', '.join(unmeasured)}. Measure there with {how}.")
+            words.append(
+                f"Not measured on a {target}: {_list(unmeasured)}. Measure there, where edgepack is installed, with {how}."
+            )
         if unsure:
-            words.append(f"Inconclusive: {', '.join(unsure)}.")
+            words.append(f"Inconclusive: {_list(unsure)}.")
         met = sum(row.verdict == "pass" for row in gated)
         return " ".join([*words, f"Measured and met: {met} of {len(gated)} budgets."])
     if not gated:
@@ -121,7 +140,12 @@ def verdict(manifest: Mapping[str, Any], rows: Sequence[Measurement]) -> str:
 
 
 def _missed(row: Measurement) -> str:
-    return f"{_label(row)} {_value(row)}, allowed {_budget(row)}"
+    return f"{_label(row)} is {_value(row)}, allowed is {_budget(row)}"
+
+
+def _list(labels: Sequence[str]) -> str:
+    """Labels have commas of their own."""
+    return "; ".join(label if label[1:2].isupper() else label[:1].lower() + label[1:] for label in labels)
 
 
 def table(rows: Sequence[Measurement], *, embedding: bool = False) -> str:
@@ -133,10 +157,19 @@ def table(rows: Sequence[Measurement], *, embedding: bool = False) -> str:
     lines = ["| | measured | predicted | budget | verdict |", "|---|---:|---:|---:|---|"]
     for name in names:
         row = by_name.get(name) or Measurement(name, None, "", measured_on=None)
+        value = _value(row) + (_change(by_name) if name == "perplexity" else "")
         predicted = "" if row.predicted is None else _format(row, row.predicted)
         words = (row.verdict or "").replace("_", " ")
-        lines.append(f"| {_label(row)} | {_value(row)} | {predicted} | {_budget(row)} | {words} |")
+        lines.append(f"| {_label(row)} | {value} | {predicted} | {_budget(row)} | {words} |")
     return "\n".join(lines)
+
+
+def _change(by_name: Mapping[str, Measurement]) -> str:
+    """How much the perplexity grew, where both were measured."""
+    before, after = by_name.get("source_perplexity"), by_name["perplexity"]
+    if before is None or not before.value or after.value is None:
+        return ""
+    return f" ({100 * (after.value / before.value - 1):+.2f} %)"
 
 
 def _label(row: Measurement) -> str:
@@ -174,16 +207,82 @@ def _summary(manifest: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     return ", ".join(words) + "."
 
 
+# What a person wants to know of the machine; all of it is in validation.json.
+_MACHINE = {"cpu": "", "cores": "cores", "gpu": "GPU", "ram_mb": "memory in MB", "system": "", "arch": ""}
+
+
 def _footnote(manifest: Mapping[str, Any], rows: Sequence[Measurement]) -> str:
     """What the numbers rest on: samples, machine."""
     samples = sorted({row.n for row in rows if row.n and ("kld" in row.name or "cosine" in row.name)})
     words = ["± is half of the 95 % confidence interval; predicted values were computed before the build."]
     if samples:
         words.append(f"Fidelity rests on {samples[-1]:,} scored samples.")
-    machine = ", ".join(f"{key} {_short(value)}" for key, value in sorted(manifest["measured_on"].items()) if value)
+    facts = manifest["measured_on"]
+    machine = ", ".join(f"{words} {_short(facts[key])}".strip() for key, words in _MACHINE.items() if facts.get(key))
     if any(row.value is not None for row in rows) and machine:
         words.append(f"Measured on the machine of the build: {machine}.")
     return " ".join(words)
+
+
+def _checks(found: Mapping[str, Any]) -> str:
+    """What was compared with the source before anything was packaged, one line a check."""
+    lines = []
+    for name, words in _CHECKS.items():
+        result = found.get(name)
+        if not isinstance(result, Mapping):
+            continue
+        line = escape(result["note"]) if result.get("note") else words(result)
+        lines.append(f"- {_TITLES[name]}: {line}")
+        lines += [f"  - {_short(difference)}" for difference in result.get("differences") or []]
+    return "\n".join(["## Checked against the source", "", *lines]) if lines else ""
+
+
+def _tokens(result: Mapping[str, Any]) -> str:
+    return f"the same ids on {result['texts']:,} texts" + (
+        f", {result['tokens']:,} tokens" if "tokens" in result else ""
+    )
+
+
+def _chats(result: Mapping[str, Any]) -> str:
+    return f"the same ids for {result['chats']} chats" if result.get("chats") else _short(result)
+
+
+def _logits(result: Mapping[str, Any]) -> str:
+    if "mean_kld" not in result:
+        return _short(result)
+    return (
+        f"mean KL divergence {result['mean_kld']:.2g}, largest difference of a log-probability "
+        f"{result['max_abs_dlogp']:.2g}, over {result['positions']:,} positions"
+    )
+
+
+_TITLES: Mapping[str, str] = {
+    "tokens": "Token ids, this package against the source's tokenizer",
+    "chat": "Chat template, this package against the source's",
+    "logits": "Logits, the full-precision reference against transformers",
+    "reference": "Reference of the fidelity rows",
+}
+_CHECKS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "tokens": _tokens,
+    "chat": _chats,
+    "logits": _logits,
+    "reference": lambda result: f"{_short(result.get('type'))}, read by {_short(result.get('read_by'))}",
+}
+
+
+def _recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, and how many tensors have which type instead of the list of all of them."""
+    shown = {key: value for key, value in recipe.items() if value not in (None, False)}
+    types = recipe.get("types")
+    if isinstance(types, Mapping):
+        counts = Counter(str(value) for value in types.values())
+        shown["types"] = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
+    return shown
+
+
+def _toolchain(versions: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions by name; what is nested (builds, digests of libraries) stays in the manifest."""
+    return {key: value for key, value in versions.items() if value and not isinstance(value, Mapping)}
 
 
 def _run(manifest: Mapping[str, Any], runtime: Mapping[str, Any]) -> list[str]:
@@ -211,13 +310,19 @@ def _origin(manifest: Mapping[str, Any], licences: Sequence[str]) -> str:
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    lines = [f"| {escape(key)} | {_short(value)} |" for key, value in facts.items() if value not in (None, "", {}, [])]
+    lines = [
+        f"| {escape(key.replace('_', ' '))} | {_short(value)} |"
+        for key, value in facts.items()
+        if value not in (None, "", {}, [])
+    ]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def _short(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
     if isinstance(value, Mapping):
         return ", ".join(f"{escape(key)} {_short(value[key])}" for key in sorted(value))[:400]
     if isinstance(value, (list, tuple)):
@@ -229,7 +334,8 @@ def escape(value: Any) -> str:
     """Text from elsewhere as Markdown that shows it and does nothing else."""
     text = one_line(value)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|~$!]|^#)", r"\\\1", text)
+    # An underscore inside a word is plain (CommonMark 0.31, rule 2 of emphasis): Q4_K_M stays readable.
+    return re.sub(r"([\\`*\[\]|~$!]|^[#+\-=]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def _code(text: str) -> str:

@@ -6,6 +6,7 @@ Ollama: a Modelfile with FROM, PARAMETER and LICENSE and no TEMPLATE, so that Ol
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -69,7 +70,7 @@ def _llama_cpp_options(runtime: Mapping[str, Any]) -> str:
 
 
 def _python(artifact: str, runtime: Mapping[str, Any]) -> str:
-    arguments = [repr(artifact)]
+    arguments = [json.dumps(artifact, ensure_ascii=False)]
     if runtime.get("context"):
         arguments.append(f"n_ctx={int(runtime['context'])}")
     if runtime.get("threads"):

@@ -71,7 +71,7 @@ def safe_name(name: str) -> str:
     'org-My model-'
     """
     text = unicodedata.normalize("NFC", name)
-    kept = "".join(c if c.isalnum() or c in _PUNCTUATION else "-" for c in text).strip(" .").lstrip("-")
+    kept = "".join(c if c.isalnum() or c in _PUNCTUATION else "-" for c in text).lstrip("- .").rstrip(" .")
     while len(kept.encode()) > 120:
         kept = kept[:-1].rstrip(" .")
     return kept if kept and name_problem(kept) is None else f"model-{kept}".rstrip("-")

@@ -8,10 +8,12 @@ The folder is the caller's to publish: it is built beside its final place and re
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from edgepack.canonical import canonical_json
 from edgepack.errors import StepError, UsageError
 from edgepack.files import sha256_of, storage_errors
 from edgepack.measurement import Measurement, overall
-from edgepack.package.card import card
+from edgepack.package.card import Evidence, card
 from edgepack.package.how_to_run import modelfile
 from edgepack.package.layout import (
     CARD,
@@ -59,9 +61,9 @@ def write_package(
     measured_on: Mapping[str, Any],
     plan: Mapping[str, Any],
     artifact: Artifact = (),
+    conformance: Mapping[str, Any] | None = None,
     tokenizer: Mapping[str, bytes] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
-    conformance: Mapping[str, Any] | None = None,
     licences: Mapping[str, bytes] | None = None,
     known_sha256: Mapping[str, str] | None = None,
 ) -> Package:
@@ -82,9 +84,10 @@ def write_package(
         plan: The plan's JSON.
         artifact: The model files: paths that are moved into `model/`, or a function that is given `model/` and fills
             it; empty when they are there already. Nothing is copied here.
+        conformance: What the checks against the source found: `tokens`, `chat`, `logits`, `reference`; it stands in
+            `validation.json` beside the measurements.
         tokenizer: File name -> content, for formats that do not embed the tokenizer.
         samples: Golden samples, one line each in `evidence/samples.jsonl`.
-        conformance: What was compared with the source, and on how much: `tokens`, `chat`, `logits`.
         licences: File name -> text, as found beside the source.
         known_sha256: Path in the package -> sha256, for model files whose digest the caller has just computed; others
             are read.
@@ -103,6 +106,7 @@ def write_package(
         model_files = sorted(f"model/{path.name}" for path in (folder / "model").iterdir())
     main = _main_file(model_files)
     verdict = overall(measurements)
+    rows = [_finite(row) for row in measurements]
     manifest: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "name": name,
@@ -119,39 +123,52 @@ def write_package(
     }
     runtime_file = {"schema_version": 1, "model": main, **runtime}
     texts = licence_files(manifest["source"], licences or {})
-    validation = {
-        "schema_version": 1,
-        "created": _created(),
-        "measured_on": dict(measured_on),
-        "verdict": verdict,
-        "conformance": dict(conformance or {}),
-        "measurements": [row.as_json() for row in measurements],
-    }
-    files: dict[str, bytes] = {
+    files = {
         RUNTIME: canonical_json(runtime_file),
-        VALIDATION: canonical_json(validation),
+        VALIDATION: _validation(manifest, rows, conformance or {}),
         PLAN: canonical_json(dict(plan)),
         MODELFILE: modelfile(main, runtime_file, texts),
         **{f"tokenizer/{path}": data for path, data in (tokenizer or {}).items()},
+        **({SAMPLES: _lines(samples)} if samples else {}),
         **texts,
     }
-    if samples:
-        files[SAMPLES] = b"".join(canonical_json(dict(sample)) + b"\n" for sample in samples)
+    evidence = Evidence(tuple(rows), plan, conformance or {})
     with storage_errors(folder):
         _write(folder, files)
-        digests = dict(known_sha256 or {})
-        model = [_record(folder, path, digests.get(path)) for path in [*model_files, RUNTIME]]
-        model += [_record(folder, path) for path in files if path.startswith("tokenizer/")]
-        manifest["artifact_digest"] = artifact_digest(model)
-        files[CARD] = card(manifest, measurements, dict(plan), runtime_file, sorted(texts)).encode()
-        _write(folder, {CARD: files[CARD]})
-        records = {record["path"]: record for record in model}
-        for path in files:
-            records.setdefault(path, _record(folder, path))
-        manifest["files"] = [records[path] for path in sorted(records)]
+        known = known_sha256 or {}
+        records = [_record(folder, path, known.get(path)) for path in model_files]
+        records += [_record(folder, path) for path in files]
+        manifest["artifact_digest"] = artifact_digest(records)
+        _write(folder, {CARD: card(manifest, evidence, runtime_file, sorted(texts)).encode()})
+        records.append(_record(folder, CARD))
+        manifest["files"] = sorted(records, key=lambda record: str(record["path"]))
         manifest["package_digest"] = package_digest(manifest)
         _finish(folder, manifest)
-    return Package(folder, manifest, verdict, tuple(measurements))
+    return Package(folder, manifest, verdict, tuple(rows))
+
+
+def _validation(manifest: Mapping[str, Any], rows: Sequence[Measurement], conformance: Mapping[str, Any]) -> bytes:
+    return canonical_json(
+        {
+            "schema_version": 1,
+            "created": _created(),
+            "measured_on": manifest["measured_on"],
+            "verdict": manifest["verdict"],
+            "conformance": dict(conformance),
+            "measurements": [row.as_json() for row in rows],
+        }
+    )
+
+
+def _finite(row: Measurement) -> Measurement:
+    """A row as JSON can hold it: NaN and infinity have no form there, so the note says what the value was."""
+    if row.value is None or math.isfinite(row.value):
+        return row
+    return replace(row, value=None, ci95=None, note=f"the value is {row.value}" + (f"; {row.note}" if row.note else ""))
+
+
+def _lines(samples: Sequence[Mapping[str, Any]]) -> bytes:
+    return b"".join(canonical_json(dict(sample)) + b"\n" for sample in samples)
 
 
 def source_record(source: Source) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,10 @@ def bindings() -> ModuleType:
     Raises:
         MissingError: Not installed, too old, its library can't be loaded, or library and bindings do not fit together.
     """
+    # Read by GNU OpenMP when llama.cpp loads it: threads that wait for each other spin about 0.1 ms, then sleep. Its
+    # default spins for longer than a time slice: on a shared machine that is five times the CPU time for the same work
+    # (measured on two cores with two other busy processes), on a quiet one there is no difference.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: the shared library did not load
@@ -425,7 +430,7 @@ def describe_artifact(path: str | Path) -> Artifact:
         name = bindings().llama_ftype_name(int(kind)) if kind and kind.isdigit() else None
         return Artifact(
             architecture=architecture,
-            file_type=name.decode() if name else "unknown",
+            file_type=name.decode().removeprefix("all ") if name else "unknown",
             vocab_size=model.vocab_size,
             trained_context=int(model.meta(f"{architecture}.context_length") or 0),
             pooled=int(model.meta(f"{architecture}.pooling_type") or 0) not in (_POOLING_NONE, _POOLING_RANK),

@@ -128,10 +128,11 @@ def llama_quantize(jobs: Sequence[Mapping[str, object]], importance: Path | None
         importance: An .npz of float32 arrays by tensor name.
 
     Returns:
-        Per job the type that was chosen for every tensor that changed (from llama.cpp's log), with "status": "0" or "1".
+        Per job the type chosen for every tensor that changed (from llama.cpp's log), and "status": "0" or "1".
     """
     arguments = json.dumps({"jobs": list(jobs), "importance": str(importance) if importance else None})
-    child = subprocess.run([sys.executable, __file__], input=arguments, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, __file__]
+    child = subprocess.run(command, input=arguments, capture_output=True, text=True, timeout=300)
     if child.returncode:
         raise RuntimeError(child.stderr[-2000:])
     return json.loads(child.stdout)

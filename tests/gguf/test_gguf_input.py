@@ -11,8 +11,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from llama_quantize import llama_quantize
 
 from edgepack.errors import InputRefused
+from edgepack.gguf.convert import plan_layout, write
+from edgepack.gguf.file import read_gguf
 from edgepack.gguf.gguf_input import describe_gguf
 from edgepack.gguf.model import Attention, describe
 
@@ -180,6 +183,32 @@ def test_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(InputRefused, match=r"ends inside tensor blk\.1\.attn_q\.weight"):
         tensor.read(0, tensor.rows)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_float_gguf_quantizes_to_the_bytes_llama_cpp_makes_of_it(tmp_path, kind):
+    wide = LLAMA | {"embedding_length": 256, "attention.key_length": 64, "attention.value_length": 64}
+    shapes = {"attn_q": (256, 256), "attn_k": (128, 256), "attn_v": (128, 256), "attn_output": (256, 256)}
+    shapes |= {"ffn_gate": (512, 256), "ffn_up": (512, 256), "ffn_down": (256, 512)}
+    tensors = {"token_embd.weight": (weights((TOKENS, 256), 0), gguf.GGMLQuantizationType[kind])}
+    tensors["output_norm.weight"] = weights((256,), 1)
+    for i in range(2):
+        tensors[f"blk.{i}.attn_norm.weight"] = weights((256,), 2)
+        tensors[f"blk.{i}.ffn_norm.weight"] = weights((256,), 3)
+        for seed, (name, shape) in enumerate(shapes.items()):
+            tensors[f"blk.{i}.{name}.weight"] = (weights(shape, 9 * i + seed), gguf.GGMLQuantizationType[kind])
+    source = make(tmp_path / "float.gguf", "llama", wide, tensors)
+    (status,) = llama_quantize([{"source": str(source), "output": str(tmp_path / "peer.gguf"), "file_type": 15}])
+    assert status["status"] == "0"
+    model = describe_gguf(source)
+    (ours,) = write(model, plan_layout(model, "Q4_K_M"), tmp_path, stem="ours", threads=2)
+    peer, found = read_gguf(tmp_path / "peer.gguf"), read_gguf(ours)
+    assert {name: entry.type.name for name, entry in found.tensors.items()} == {
+        name: entry.type.name for name, entry in peer.tensors.items()
+    }
+    for name, entry in found.tensors.items():
+        start, upstream = found.data_offset + entry.offset, peer.data_offset + peer.tensors[name].offset
+        assert ours.read_bytes()[start:][: entry.nbytes] == peer.path.read_bytes()[upstream:][: entry.nbytes], name
 
 
 def attention_of(tmp_path: Path, architecture: str, keys: dict) -> tuple[Attention, ...]:

@@ -71,9 +71,9 @@ def test_values_of_another_size_are_none(tmp_path: Path) -> None:
 
 def test_files_that_are_no_importance_matrix_are_refused(tmp_path: Path) -> None:
     entry = {"blk.0.attn_q.weight": _entry(1, 64, 5)}
-    with pytest.raises(InputRefused, match=r"not an importance matrix \(no imatrix.datasets\)"):
+    with pytest.raises(InputRefused, match=r"not an importance matrix \(no imatrix\.datasets\)"):
         read_imatrix(write_imatrix(tmp_path / "a.gguf", entry, metadata=False))
-    with pytest.raises(InputRefused, match="general.type is 'model'"):
+    with pytest.raises(InputRefused, match=r"general\.type is 'model'"):
         read_imatrix(write_imatrix(tmp_path / "b.gguf", entry, type="model"))
     with pytest.raises(InputRefused, match="no importance values"):
         read_imatrix(write_imatrix(tmp_path / "c.gguf", {"x": (None, None)}))

@@ -78,6 +78,9 @@ def make(case: Case, folder: Path, seed: int) -> Any:
     if case.rewrite:
         case.rewrite(saved)
         path.write_text(json.dumps(saved))
+        # the same weights as transformers understands the other config.json
+        auto = transformers.AutoModel if case.pooling else transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     TOKENIZERS[case.tokenizer](folder)
     if case.pooling and case.modules:
         write_pooling(folder, case.pooling)

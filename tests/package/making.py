@@ -29,10 +29,11 @@ class FakeSource:
 
 def rows(target_name: str = "laptop", **values: float | None) -> list[Measurement]:
     limits = load_target(target_name).limits()
+    kld = values.get("mean_kld") or 0.0196
     found = [
         Measurement("artifact_bytes", len(ARTIFACT), "bytes", predicted=len(ARTIFACT)),
         Measurement("bits_per_weight", 5.064, "1"),
-        Measurement("mean_kld", values.get("mean_kld", 0.0196), "nats/token", n=10200, ci95=(0.0192, 0.02)),
+        Measurement("mean_kld", kld, "nats/token", n=10200, ci95=(kld - 0.0004, kld + 0.0004)),
         Measurement("top1_agreement", 0.9289, "1", n=10200, ci95=(0.925, 0.932)),
         Measurement("source_perplexity", 11.4469, "1"),
         Measurement("perplexity", 11.593, "1"),
@@ -49,14 +50,19 @@ def rows(target_name: str = "laptop", **values: float | None) -> list[Measuremen
 
 
 def make(folder: Path, **changes: Any) -> Any:
-    """A package in `folder`; `changes` are arguments of write_package, and `overrides`, `target_name`, `speed`, `mean_kld`."""
+    """A package in `folder`; `changes` are arguments of write_package, and `overrides`, `speed`, ..."""
     target_name = changes.pop("target_name", "laptop")
     values = {key: changes.pop(key) for key in ("speed", "mean_kld") if key in changes}
     arguments: dict[str, Any] = {
         "name": "tiny-llama-5m",
         "target": with_overrides(load_target(target_name), changes.pop("overrides", [])),
         "source": FakeSource(),
-        "recipe": {"quantize": "Q4_K_M", "overrides": {"blk.*.attn_v.weight": "Q6_K"}, "imatrix_sha256": None},
+        "recipe": {
+            "quantize": "Q4_K_M",
+            "overrides": {"blk.*.attn_v.weight": "Q6_K"},
+            "imatrix_sha256": None,
+            "types": {"token_embd.weight": "Q6_K", "blk.0.attn_v.weight": "Q6_K", "blk.0.attn_q.weight": "Q4_K"},
+        },
         "toolchain": {"edgepack": "0.1.0", "llama-cpp-python": "0.3.36", "platform": "linux-x86_64"},
         "runtime": {
             "engine": "llama.cpp",
@@ -70,6 +76,12 @@ def make(folder: Path, **changes: Any) -> Any:
         "measured_on": {"cpu": "Example CPU", "cores": 4},
         "plan": {"schema_version": 1, "parameters": 5_000_000, "architecture": "llama"},
         "artifact": lambda model: (model / "tiny-llama-5m-Q4_K_M.gguf").write_bytes(ARTIFACT),
+        "conformance": {
+            "tokens": {"texts": 120, "tokens": 4711, "differences": []},
+            "chat": {"chats": 3},
+            "logits": {"compared": True, "mean_kld": 3.1e-9, "max_abs_dlogp": 2.4e-6, "texts": 3, "positions": 192},
+            "reference": {"type": "f32", "read_by": "llama.cpp"},
+        },
         "samples": [{"prompt": "Once", "ids": [1, 2, 3]}],
         "licences": {"LICENSE": b"Apache License\nVersion 2.0\n"},
     }
