@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from edgepack.pipeline import Validation
     from edgepack.targets import Target
 
+MB_PER_GIB = 1073.74  # memory is sold in powers of two and measured in 10^6 bytes
+
 MEASUREMENT_COLUMNS = ("measurement", "value", "predicted", "budget", "verdict", "n", "measured on")
 
 
@@ -186,7 +188,7 @@ def show_targets(targets: Sequence[Target], *, as_json: bool) -> None:
         (
             t.name,
             t.description,
-            f"{t.device.ram_mb / 1000:,.0f}",
+            f"{t.device.ram_mb / MB_PER_GIB:,.0f}",
             f"{t.device.memory_bandwidth_gbs:g}",
             t.format.decoder,
         )

@@ -124,6 +124,8 @@ class Store:
             with self._storage_errors():
                 held.enter_context(locks.waiting(self.root / "locks" / key, f"making {name}"))
                 entry = self._find(key, keep=True)
+                if not entry:
+                    self._clean()  # the one that was waited for may have died
             return entry or self._make(key, name, inputs, make)
 
     @contextlib.contextmanager

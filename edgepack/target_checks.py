@@ -14,6 +14,8 @@ from edgepack.toml_schema import Key, Problems, Table, keys_of, nearest, printab
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _PATTERN_MOST = 256  # characters of a tensor name pattern; names have at most 64 (GGML_MAX_NAME, ggml.h)
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 _KEYS = {table: keys_of(cls) for table, cls in TABLES.items()}
 # The keys of every table; "" is the top of the file.
 _WORDS: dict[str, list[str]] = {
@@ -222,8 +224,8 @@ def _value(key: Key, text: str) -> Any:
         return [word.strip() for word in text.split(",") if word.strip()]
     if key.kind == "switch" and text in ("true", "false"):
         return text == "true"
-    if key.kind in ("integer", "number") and re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+    if key.kind in ("integer", "number") and _WHOLE.fullmatch(text):
         return int(text)
-    if key.kind == "number" and re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?", text) and len(text) < 64:
+    if key.kind == "number" and _DECIMAL.fullmatch(text) and len(text) < 64:
         return float(text)
     return text

@@ -232,15 +232,21 @@ def rendered(chats: list[Chat], tokenizer: Any, header: GgufFile, seconds: float
 
 def _render(chats: list[Chat], tokenizer: Any, header: GgufFile, seconds: float, sender: Connection) -> None:
     """The other side of `rendered`: sends the texts, or null when memory runs out; dies when time does."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
-    if pages:
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + RENDER_BYTES, resource.RLIM_INFINITY))
-    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 2))
+    status = Path("/proc/self/statm")
+    if status.exists():  # elsewhere than on Linux only time is limited
+        _lower(resource.RLIMIT_AS, int(status.read_text().split()[0]) * resource.getpagesize() + RENDER_BYTES)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _lower(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 1)
     try:
         results = [[_text(_by_transformers, tokenizer, entry), _text(_by_llama_cpp, header, entry)] for entry in chats]
         sender.send_bytes(json.dumps(results).encode())
     except MemoryError:
         sender.send_bytes(b"null")
+
+
+def _lower(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def _text(render: Callable[[Any, Chat], str], with_what: Any, entry: Chat) -> dict[str, str]:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgepack.conform.charsmap import Charsmap
-from edgepack.gguf.pre_tokenizers import PRE_TOKENIZERS
-from edgepack.gguf.spm import SPACE
+from edgepack.gguf.pre_tokenizers import PRE_TOKENIZERS, splits
+from edgepack.gguf.spm import SPACE, prefix_scheme, puts_space
 from edgepack.gguf.tokenizer_json import normalizers, pre_tokenizers
 
 Json = dict[str, Any]
@@ -94,7 +94,8 @@ def _normal_form(tokenizer: Json, engine: Engine) -> Changes:
 
 def _words(tokenizer: Json, engine: Engine) -> Changes:
     for entry in PRE_TOKENIZERS:
-        if engine.model == "gpt2" and entry.name == engine.pre and entry.engine:
+        # Only for the name whose splits these are: a wrong name differs too, and that is no known difference.
+        if engine.model == "gpt2" and entry.name == engine.pre and entry.engine and entry.splits == splits(tokenizer):
             nodes: list[Json] = [
                 {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
                 for expression in entry.engine
@@ -109,6 +110,8 @@ def _prefix(tokenizer: Json, engine: Engine) -> Changes:
     metaspace = [node for node in pre_tokenizers(tokenizer) if node.get("type") == "Metaspace"]
     if tokenizer["model"].get("type") != "BPE" or not metaspace:
         return
+    if engine.prefix_space != (prefix_scheme(tokenizer) == "always") and prefix_scheme(tokenizer) != "first":
+        return  # the key is wrong
     prepend = [{"type": "Prepend", "prepend": SPACE}] if engine.prefix_space else []
     tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [*prepend, spaces]}
     if metaspace[0].get("split", True):
@@ -154,8 +157,8 @@ def _accents(tokenizer: Json, engine: Engine) -> Changes:
     if engine.model == "bert" and nodes[0].get("lowercase", True) and nodes[0].get("strip_accents") is not False:
         tokenizer["normalizer"] = nodes[0] | {"strip_accents": False}
         yield Difference(
-            "llama.cpp drops all combining marks (also vowel signs of Indic scripts) and keeps only the first consonant of"
-            " a Hangul syllable; the tokenizer drops accents and keeps the rest",
+            "llama.cpp drops all combining marks (also vowel signs of Indic scripts) and all of a Hangul syllable but its"
+            " first consonant; the tokenizer drops accents only",
             tokenizer,
             _base_letters,
         )
@@ -186,7 +189,8 @@ def _graphemes(tokenizer: Json, engine: Engine) -> Changes:
 
 
 def _spaces(tokenizer: Json, engine: Engine) -> Changes:
-    if engine.model != "t5":
+    metaspace = [node for node in pre_tokenizers(tokenizer) if node.get("type") == "Metaspace"]
+    if engine.model != "t5" or not metaspace or engine.prefix_space != puts_space(metaspace[0]):
         return
     rules = [node for node in normalizers(tokenizer) if node.get("type") == "Precompiled"]
     rules.append({"type": "Replace", "pattern": {"Regex": " +"}, "content": " "})

@@ -89,15 +89,24 @@ def prefix_scheme(tokenizer: Mapping[str, Any]) -> str:
             raise _unknown("normalizer", tokenizer)
     for node in pre_tokenizers(tokenizer):
         if node.get("type") == "Metaspace" and node.get("replacement", SPACE) == SPACE:
-            # `add_prefix_space` is the older spelling of prepend_scheme (tokenizers before 0.15)
-            older = "always" if node.get("add_prefix_space", True) else "never"
-            scheme, replaced = node.get("prepend_scheme", older), True
+            scheme, replaced = _scheme(node), True
         # Gemma: splits at spaces, of which the normalizer has left none
         elif not (node.get("type") == "Split" and node.get("pattern") == {"String": " "} and replaced):
             raise _unknown("pre_tokenizer", tokenizer)
     if not replaced:
         raise _unknown("normalizer", tokenizer)
     return str(scheme)
+
+
+def _scheme(metaspace: Mapping[str, Any]) -> str:
+    # `add_prefix_space` is the older spelling (tokenizers before 0.15)
+    older = "always" if metaspace.get("add_prefix_space", True) else "never"
+    return str(metaspace.get("prepend_scheme", older))
+
+
+def puts_space(metaspace: Mapping[str, Any]) -> bool:
+    """Whether a Metaspace node puts a space before text."""
+    return _scheme(metaspace) != "never"
 
 
 def scores_of(merges: Sequence[tuple[str, str]], normal: Sequence[str]) -> dict[str, float] | None:
@@ -167,8 +176,7 @@ def from_unigram(tokenizer: Mapping[str, Any], tokens: Sequence[str]) -> Vocab:
         if node.get("type") == "WhitespaceSplit":
             merge_spaces = True
         elif node.get("type") == "Metaspace" and node.get("replacement", SPACE) == SPACE:
-            older = "always" if node.get("add_prefix_space", True) else "never"
-            prefix = node.get("prepend_scheme", older) != "never"
+            prefix = puts_space(node)
         else:
             raise _unknown("pre_tokenizer", tokenizer)
     types = added_types(tokenizer, len(tokens))

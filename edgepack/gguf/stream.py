@@ -12,6 +12,7 @@ file that is not finished is no GGUF), and on any failure or interrupt they are 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import threading
@@ -226,7 +227,7 @@ class _Run:
                 hint="weights beyond the range of the type need BF16 or F32; NaN and infinite ones can't be kept",
             )
         with _storage(chunk.path):
-            _write_all(chunk.descriptor, data, chunk.data_start + chunk.entry.offset + chunk.start * row)
+            _write_all(chunk.descriptor, data.data, chunk.data_start + chunk.entry.offset + chunk.start * row)
         return out
 
     def _quantize(self, chunk: _Chunk, rows: npt.NDArray[np.float32], data: npt.NDArray[np.uint8]) -> None:
@@ -276,13 +277,22 @@ def _allocate(paths: Sequence[Path], shards: Sequence[Shard], made: list[tuple[P
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
         made.append((path, descriptor))
         with _storage(path, shard.file_bytes):
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, shard.file_bytes)
-            else:
-                os.ftruncate(descriptor, shard.file_bytes)
+            _reserve(descriptor, shard.file_bytes, path.parent)
 
 
-def _write_all(descriptor: int, data: bytes | npt.NDArray[np.uint8], offset: int) -> None:
+def _reserve(descriptor: int, size: int, folder: Path) -> None:
+    """Take `size` bytes of the disk now; where a file system can't promise them, look whether they are free."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except (AttributeError, OSError) as error:  # macOS has no such call, some network file systems no such service
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        if shutil.disk_usage(folder).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+        os.ftruncate(descriptor, size)
+
+
+def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view, offset)

@@ -1,9 +1,9 @@
 """Two models' logits at the same positions: KL divergence, log-likelihoods and agreement, per token, in float32.
 
-With log-probabilities `l = r - max r - log S_r` (reference) and `m` likewise (candidate), the divergence of a position is
-`sum p (l - m)` over the vocabulary, in nats, `p = exp l`: the definition llama-perplexity uses (llama.cpp
-tools/perplexity/perplexity.cpp, `log_softmax` for `kl_divergence_result`), without its 16-bit logits file and its cut at
-`log p < -16`. Rows are worked in blocks that fit in a core's cache, on all threads: beside the logits themselves a
+With log-probabilities `l = r - max r - log S_r` (reference) and `m` likewise (candidate), the divergence of a position
+is `sum p (l - m)` over the vocabulary, in nats, `p = exp l`: the definition llama-perplexity uses (llama.cpp
+tools/perplexity/perplexity.cpp, `log_softmax` for `kl_divergence_result`), without its 16-bit logits file and its cut
+at `log p < -16`. Rows are worked in blocks that fit in a core's cache, on all threads: beside the logits themselves a
 vocabulary of any size takes the same memory. Identical logits give exactly 0.
 """
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from edgepack.errors import ConformanceError, UsageError
 from edgepack.measure import bootstrap
 from edgepack.measure.bootstrap import Estimate
-from edgepack.measure.divergence import Scores, score
+from edgepack.measure.divergence import Floats, Scores, score
 from edgepack.measurement import Measurement
 from edgepack.text import read_text, text_sha256, windows
 from edgepack.worker import Progress, no_progress
@@ -103,20 +103,41 @@ def _measure(
     """Scores of all scored positions, window after window, and how many each window has."""
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(threads))
-        models = [_open(stack, path, window_tokens, threads) for path in (candidate, reference) if path is not None]
-        pieces = windows(_same_tokens(models, content), window_tokens, limit)
-        first, stop = window_tokens // 2, window_tokens - 1
-        found: list[Scores] = []
-        for block in _blocks(pieces, models[0].sequences):
-            fed = [[models[0].bos, *ids[1:]] for ids in block] if models[0].add_bos else block
-            logits = [model.logits(fed, first, stop=stop).reshape(-1, model.vocab_size) for model in models]
-            targets = np.array([ids[first + 1 : stop + 1] for ids in block], dtype=np.int64).ravel()
+        paths = [path for path in (candidate, reference) if path is not None]
+        models = [open_model(stack, path, window_tokens, threads) for path in paths]
+        found = []
+        for done, total, logits, targets in scored_windows(models, content, limit, window_tokens):
             found.append(score(logits[0], targets, reference=logits[1] if reference else None, pool=pool))
-            progress(sum(len(part.candidate_nll) for part in found) // (stop - first), len(pieces))
-    return _join(found), stop - first
+            progress(done, total)
+    return join(found), window_tokens - 1 - window_tokens // 2
 
 
-def _open(stack: ExitStack, path: str, window_tokens: int, threads: int) -> Model:
+def scored_windows(
+    models: Sequence[Model], content: str, limit: int, window_tokens: int
+) -> Iterator[tuple[int, int, list[Floats], npt.NDArray[np.int64]]]:
+    """Decode the text window by window with every model.
+
+    Args:
+        models: Opened by `open_model`; the first says whether windows start with BOS.
+        content: The text.
+        limit: Most windows.
+        window_tokens: Tokens per window.
+
+    Yields:
+        Windows done, all windows, every model's logits `[positions, vocabulary]`, the true next tokens `[positions]`.
+    """
+    pieces = windows(_same_tokens(models, content), window_tokens, limit)
+    first, stop = window_tokens // 2, window_tokens - 1
+    together = models[0].sequences
+    for start in range(0, len(pieces), together):
+        block = pieces[start : start + together]
+        fed = [[models[0].bos, *ids[1:]] for ids in block] if models[0].add_bos else block
+        logits = [model.logits(fed, first, stop=stop).reshape(-1, model.vocab_size) for model in models]
+        targets = np.array([ids[first + 1 : stop + 1] for ids in block], dtype=np.int64).ravel()
+        yield start + len(block), len(pieces), logits, targets
+
+
+def open_model(stack: ExitStack, path: str, window_tokens: int, threads: int) -> Model:
     """A model with room for the windows that fill one micro-batch.
 
     llama-perplexity decodes four windows of 512 at once; llama.cpp computes 512 tokens at a time either way, so more
@@ -129,26 +150,28 @@ def _open(stack: ExitStack, path: str, window_tokens: int, threads: int) -> Mode
 
 
 def _same_tokens(models: Sequence[Model], content: str) -> list[int]:
-    """Tokens of the text; both vocabularies must agree, or logits of different tokens would be compared."""
-    tokens = [model.tokenize(content, add_special=True, parse_special=False) for model in models]
-    sizes = [model.vocab_size for model in models]
-    if len(set(sizes)) > 1:
-        raise ConformanceError(f"the artifact has a vocabulary of {sizes[0]} tokens, its reference one of {sizes[1]}")
-    if len(models) > 1 and tokens[0] != tokens[1]:
-        place = next((i for i, (a, b) in enumerate(zip(*tokens, strict=False)) if a != b), min(map(len, tokens)))
-        raise ConformanceError(
-            f"artifact and reference tokenize the evaluation text differently from token {place} on: "
-            f"{tokens[0][place : place + 4]} and {tokens[1][place : place + 4]}"
-        )
-    return tokens[0]
+    """Tokens of the text; all vocabularies must agree, or logits of different tokens would be compared."""
+    tokens = models[0].tokenize(content, add_special=True, parse_special=False)
+    for other in models[1:]:
+        if other.vocab_size != models[0].vocab_size:
+            raise ConformanceError(
+                f"{models[0].path.name} has a vocabulary of {models[0].vocab_size} tokens, "
+                f"{other.path.name} one of {other.vocab_size}"
+            )
+        theirs = other.tokenize(content, add_special=True, parse_special=False)
+        if theirs != tokens:
+            differing = (i for i, (a, b) in enumerate(zip(tokens, theirs, strict=False)) if a != b)
+            place = next(differing, min(len(tokens), len(theirs)))
+            raise ConformanceError(
+                f"{models[0].path.name} and {other.path.name} tokenize the evaluation text differently from token "
+                f"{place} on: {tokens[place : place + 4]} and {theirs[place : place + 4]}"
+            )
+    return tokens
 
 
-def _blocks(pieces: list[list[int]], size: int) -> Iterator[list[list[int]]]:
-    for start in range(0, len(pieces), size):
-        yield pieces[start : start + size]
+def join(parts: Sequence[Scores]) -> Scores:
+    """Scores of consecutive blocks as one."""
 
-
-def _join(parts: Sequence[Scores]) -> Scores:
     def column(name: str) -> Array | None:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else np.concatenate(values)

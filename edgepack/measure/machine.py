@@ -1,7 +1,7 @@
 """Facts of the machine a number was measured on, for `measured_on` of the evidence.
 
 What decides speed and is needed to repeat a measurement (CPU, cores, memory, frequency governor, load, kernel, the
-runtime and its commit); nothing that names a person, a host or a path. Facts that the system does not tell are left out.
+runtime and its commit); nothing that names a person, a host or a path. What the system does not tell is left out.
 """
 
 from __future__ import annotations

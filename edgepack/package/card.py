@@ -47,6 +47,7 @@ _ROWS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "label_agreement": ("Labels kept", _percent),
     "decode_tokens_per_s_p50": ("Decode speed, median", _plain("tokens/s")),
     "decode_tokens_per_s_p10": ("Decode speed, 10 % quantile", _plain("tokens/s")),
+    "decode_tokens_per_s_p90": ("Decode speed, 90 % quantile", _plain("tokens/s")),
     "ttft_ms_p50": ("Time to first token, median", _plain("ms")),
     "ttft_ms_p90": ("Time to first token, 90 % quantile", _plain("ms")),
     "prefill_tokens_per_s": ("Prompt speed", _plain("tokens/s")),
@@ -127,9 +128,8 @@ def verdict(manifest: Mapping[str, Any], rows: Sequence[Measurement]) -> str:
         words = ["**Verdict: incomplete.** No budget is missed, but not all could be decided."]
         if unmeasured:
             how = _code("edgepack validate . --device ssh://user@device")
-            words.append(
-                f"Not measured on a {target}: {_list(unmeasured)}. Measure there, where edgepack is installed, with {how}."
-            )
+            words.append(f"Not measured on a {target}: {_list(unmeasured)}.")
+            words.append(f"Measure there, where edgepack is installed, with {how}.")
         if unsure:
             words.append(f"Inconclusive: {_list(unsure)}.")
         met = sum(row.verdict == "pass" for row in gated)

@@ -51,10 +51,10 @@ def bindings() -> ModuleType:
     Raises:
         MissingError: Not installed, too old, its library can't be loaded, or library and bindings do not fit together.
     """
-    # Read by GNU OpenMP when llama.cpp loads it: threads that wait for each other spin about 0.1 ms, then sleep. Its
-    # default spins for longer than a time slice: on a shared machine that is five times the CPU time for the same work
-    # (measured on two cores with two other busy processes), on a quiet one there is no difference.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Read by GNU OpenMP when llama.cpp loads it: how long threads that wait for each other spin before they sleep. Its
+    # default is longer than a time slice, which on a shared machine costs up to five times the CPU time for the same
+    # work (two threads on two cores, two other busy processes); prompts and windows lose nothing by sleeping early.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: the shared library did not load

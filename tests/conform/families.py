@@ -6,6 +6,8 @@ decoder, post-processor, flags and special tokens are copied from the published 
 
 from __future__ import annotations
 
+import base64
+import functools
 import io
 import json
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from edgepack.checkpoint import Checkpoint
 from edgepack.conform.corpus import TEXTS
 from edgepack.gguf.file import encode_header, string
+from edgepack.gguf.spm_file import parse
 from edgepack.gguf.tokenizer import vocabulary
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -25,8 +28,7 @@ LLAMA3 = (
 )  # also OLMo 2 (dolma2)
 QWEN2 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN35 = (
-    CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -70,9 +72,7 @@ def _one(regex: str, behavior: str = "isolated", invert: bool = False) -> Callab
 
 
 def _deepseek3() -> Any:
-    return pre_tokenizers.Sequence(
-        [split(r"\p{N}{1,3}"), split("[一-龥぀-ゟ゠-ヿ]+"), split(DEEPSEEK3), byte_level()]
-    )
+    return pre_tokenizers.Sequence([split(r"\p{N}{1,3}"), split("[一-龥぀-ゟ゠-ヿ]+"), split(DEEPSEEK3), byte_level()])
 
 
 def _deepseek_coder() -> Any:
@@ -95,7 +95,9 @@ def _minicpm5() -> Any:
 
 
 def _with_bos(token: str, number: int) -> Any:
-    return processors.TemplateProcessing(single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, number)])
+    return processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, number)]
+    )
 
 
 # name -> (pre_tokenizer, normalizer, special tokens, BPE options, config of the folder)
@@ -109,7 +111,14 @@ BYTE_LEVEL: dict[str, tuple[Callable[[], Any], Any, tuple[str, ...], dict[str, A
     "llama3": (
         _one(LLAMA3),
         None,
-        ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"),
+        (
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eom_id|>",
+            "<|eot_id|>",
+        ),
         {"ignore_merges": True},
         {"bos": "<|begin_of_text|>", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
     ),
@@ -170,6 +179,18 @@ def train_byte_level(name: str) -> tuple[Tokenizer, dict[str, Any]]:
     return tokenizer, config
 
 
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, SPACES]}
+GEMMA_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+LLAMA2_TRAINING = {"model_type": "bpe", "vocab_size": 1500, "byte_fallback": True, "split_digits": True}
+LLAMA2_TRAINING |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+LLAMA2_TRAINING |= {"allow_whitespace_only_pieces": True}
+GEMMA_TRAINING = LLAMA2_TRAINING | {"add_dummy_prefix": False, "pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
+GEMMA_TRAINING |= {"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>"}
+GEMMA_USER = ("<mask>", "<start_of_turn>", "<end_of_turn>", "\n\n", "\n\n\n")
+GEMMA_TRAINING |= {"user_defined_symbols": list(GEMMA_USER)}
+
+
 def train_sentencepiece(**options: Any) -> bytes:
     """A new SentencePiece model; returns tokenizer.model."""
     import sentencepiece
@@ -179,7 +200,7 @@ def train_sentencepiece(**options: Any) -> bytes:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_writer=out,
-        minloglevel=2,
+        minloglevel=2,  # errors only
         num_threads=1,
         character_coverage=0.995,
         max_sentence_length=20000,
@@ -200,7 +221,9 @@ def merges_of(pieces: dict[str, int]) -> list[list[str]]:
     return [[left, right] for *_, left, right in sorted(found)]
 
 
-def spm_bpe_json(model: bytes, *, normalizer: Any, pre_tokenizer: Any, special: dict[str, bool], bos: str) -> dict[str, Any]:
+def spm_bpe_json(
+    model: bytes, *, normalizer: Any, pre_tokenizer: Any, special: dict[str, bool], bos: str
+) -> dict[str, Any]:
     """tokenizer.json of a SentencePiece BPE model, as transformers' converters write it."""
     import sentencepiece
 
@@ -230,6 +253,7 @@ def spm_bpe_json(model: bytes, *, normalizer: Any, pre_tokenizer: Any, special: 
                 {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
+                *([] if normalizer == SPACES else [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]),
             ],
         },
         "model": {
@@ -245,14 +269,6 @@ def spm_bpe_json(model: bytes, *, normalizer: Any, pre_tokenizer: Any, special: 
             "merges": merges_of(pieces),
         },
     }
-
-
-SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, SPACES]}
-GEMMA_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-LLAMA2_TRAINING = {"model_type": "bpe", "vocab_size": 1500, "byte_fallback": True, "split_digits": True}
-LLAMA2_TRAINING |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-LLAMA2_TRAINING |= {"allow_whitespace_only_pieces": True}
 
 
 def metaspace(scheme: str) -> dict[str, Any]:
@@ -275,20 +291,24 @@ def write_folder(folder: Path, tokenizer: dict[str, Any] | None, config: dict[st
 def gguf(folder: Path, rows: int, **config: Any) -> Path:
     """A GGUF file beside the folder that holds its vocabulary and nothing else."""
     checkpoint = Checkpoint(folder, {"model_type": "llama", **config}, {})
-    keys = {"general.architecture": string("llama")} | vocabulary(checkpoint, rows=rows)
+    # The name matters: llama.cpp looks for phi-3 in it.
+    keys = {"general.architecture": string("llama"), "general.name": string(folder.name)}
+    keys |= vocabulary(checkpoint, rows=rows)
     path = folder.with_suffix(".gguf")
     path.write_bytes(encode_header(keys, [])[0])
     return path
 
 
+ONE_SPACE = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
 XLMR = ("<s>", "<pad>", "</s>", "<unk>")
 
 
-def xlm_r(model: bytes, *, split: bool = True) -> dict[str, Any]:
-    """tokenizer.json of an XLM-R unigram model: fairseq's four tokens first, `<mask>` last."""
-    import sentencepiece
+def xlm_r(model: bytes, *, older: bool) -> dict[str, Any]:
+    """tokenizer.json of an XLM-R unigram model: fairseq's four tokens first, `<mask>` last.
 
-    from edgepack.gguf.spm_file import parse
+    Both forms in use: WhitespaceSplit, and (`older` false) runs of spaces replaced by one.
+    """
+    import sentencepiece
 
     parsed = parse(model, "memory")
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -297,16 +317,17 @@ def xlm_r(model: bytes, *, split: bool = True) -> dict[str, Any]:
     flags = {"single_word": False, "rstrip": False, "normalized": False, "special": True}
     added = [{"id": i, "content": token, "lstrip": False, **flags} for i, token in enumerate(XLMR)]
     added.append({"id": len(vocab) - 1, "content": "<mask>", "lstrip": True, **flags})
-    import base64
-
     space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    rules = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(parsed.charsmap).decode()}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(parsed.charsmap).decode()},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, space]} if split else space,
+        "normalizer": rules if older else {"type": "Sequence", "normalizers": [rules, ONE_SPACE]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, space]}
+        if older
+        else space,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [
@@ -343,3 +364,78 @@ def train_bert(lowercase: bool) -> Tokenizer:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ids
     )
     return tokenizer
+
+
+FAIRSEQ_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"}
+FAIRSEQ_ROLES |= {"mask_token": "<mask>", "unk_token": "<unk>"}
+BERT_ROLES = {
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "mask_token": "[MASK]",
+    "unk_token": "[UNK]",
+}
+LLAMA_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+LLAMA_SPECIAL = {"<unk>": True, "<s>": True, "</s>": True}
+GEMMA_SPECIAL = {"<pad>": True, "<eos>": True, "<bos>": True, "<unk>": True}
+GEMMA_SPECIAL |= {token: token.endswith("turn>") for token in GEMMA_USER}
+
+
+@functools.cache
+def family(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """tokenizer.json and tokenizer_config.json of a new vocabulary of any family."""
+    if name in BYTE_LEVEL:
+        tokenizer, config = train_byte_level(name)
+        return json.loads(tokenizer.to_str()), config
+    if name.startswith("bert"):
+        return json.loads(train_bert(name == "bert-uncased").to_str()), BERT_ROLES
+    if name.startswith("xlm-r"):
+        return xlm_r(unigram_model(), older=name == "xlm-r"), FAIRSEQ_ROLES
+    if name == "gemma":
+        model = spm_bpe_json(
+            gemma_model(), normalizer=SPACES, pre_tokenizer=GEMMA_SPLIT, special=GEMMA_SPECIAL, bos="<bos>"
+        )
+        return model, {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "add_bos_token": True}
+    normalizer, pre, extra = LLAMA_FAMILY[name]
+    special = LLAMA_SPECIAL | dict.fromkeys(extra, True)
+    return spm_bpe_json(
+        llama_model(), normalizer=normalizer, pre_tokenizer=pre, special=special, bos="<s>"
+    ), LLAMA_ROLES
+
+
+LLAMA_FAMILY: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
+    "llama2": (PREPEND, None, ()),
+    "phi-3": (PREPEND, None, ("<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>", "<|system|>")),
+    "mistral": (None, metaspace("first"), ("[INST]", "[/INST]")),
+    "llama2-metaspace": (None, metaspace("always"), ()),
+}
+ALL = (*BYTE_LEVEL, *LLAMA_FAMILY, "gemma", "xlm-r", "xlm-r-newer", "bert-uncased", "bert-cased")
+
+
+@functools.cache
+def llama_model() -> bytes:
+    return train_sentencepiece(**LLAMA2_TRAINING, unk_id=0, bos_id=1, eos_id=2)
+
+
+@functools.cache
+def gemma_model() -> bytes:
+    return train_sentencepiece(**GEMMA_TRAINING)
+
+
+@functools.cache
+def unigram_model() -> bytes:
+    return train_sentencepiece(model_type="unigram", vocab_size=1000)
+
+
+def size_of(tokenizer: dict[str, Any]) -> int:
+    """Ids in use: one more than the highest."""
+    vocab = tokenizer["model"]["vocab"]
+    numbers = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+    return 1 + max([*numbers, *(entry["id"] for entry in tokenizer["added_tokens"])])
+
+
+def build(folder: Path, name: str, **config: Any) -> tuple[Path, Path]:
+    """(model folder, GGUF file) of a family; `config` changes tokenizer_config.json."""
+    tokenizer, roles = family(name)
+    write_folder(folder, tokenizer, roles | config)
+    return folder, gguf(folder, size_of(tokenizer) + 5)

@@ -1,13 +1,14 @@
 """Run a scenario again and again, and strike at its 1st, 2nd, 3rd, ... call that changes the disk, until none is left.
 
-    python every_call.py kill|once|always SCENARIO FOLDER
+    python every_call.py kill|full|fuller|broken SCENARIO FOLDER
 
-`kill` ends the process with SIGKILL before the call. `once` makes that call fail with ENOSPC, `always` that one and all
-later ones that need space (SQLite tests its own recovery from a full disk both ways). After each strike the disk is
-checked with nothing but json and hashlib, and the scenario is run again, unharmed. Prints the number of strikes.
+`kill` ends the process with SIGKILL before the call. `full` makes the first call from there on that needs space fail
+with ENOSPC, `fuller` that one and all later ones (SQLite tests its recovery from a full disk both ways). `broken` makes
+the call fail with EIO, whatever it is. After each strike the disk is checked with nothing but json and hashlib, and the
+scenario is run again, unharmed. Prints the number of strikes.
 
-Every strike is a fork, so that thousands take seconds. Calls are seen by an audit hook, which covers pathlib, shutil and
-whatever else goes through CPython; fsync, write and flock, which have no audit event, are wrapped.
+Every strike is a fork, so that hundreds take seconds. Calls are seen by an audit hook, which covers pathlib, shutil and
+whatever else goes through CPython; fsync and write, which have no audit event, are wrapped.
 """
 
 import errno
@@ -22,13 +23,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from edgepack import entries, files, locks, store  # noqa: E402
-from edgepack.errors import StorageError  # noqa: E402
-from edgepack.publish import publish  # noqa: E402
-from edgepack.store import Store  # noqa: E402
+from edgepack import files, store
+from edgepack.errors import StorageError
+from edgepack.publish import publish
+from edgepack.store import Store
 
 DATA = bytes(range(256)) * 8
-EVENTS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.utime", "os.chmod", "os.truncate"}
+EVENTS = {
+    "os.rename",
+    "os.mkdir",
+    "os.remove",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.utime",
+    "os.chmod",
+    "os.truncate",
+}
 NEEDS_SPACE = {"open", "os.mkdir", "os.link", "fsync", "write"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
@@ -129,8 +140,11 @@ class Strike:
             if self.count == self.at:
                 os.kill(os.getpid(), signal.SIGKILL)
             return
-        later = self.how == "always" and self.count > self.at and self.struck
-        if name in NEEDS_SPACE and (later or (self.count >= self.at and not self.struck)):
+        if self.how == "broken":
+            if self.count == self.at:
+                self.struck = name
+                raise OSError(errno.EIO, "Input/output error")
+        elif name in NEEDS_SPACE and self.count >= self.at and (self.how == "fuller" or not self.struck):
             self.struck = name
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -143,7 +157,9 @@ def check_disk(folder, package_throughout):
         for row in manifest["files"]:
             path = entry / row["path"]
             # A released file is in the package, or in the old one that was set aside a moment ago.
-            places = [path] if path.exists() else [*folder.glob(f"out/{row['path']}"), *folder.glob(f".out.*/{row['path']}")]
+            places = (
+                [path] if path.exists() else [*folder.glob(f"out/{row['path']}"), *folder.glob(f".out.*/{row['path']}")]
+            )
             assert places, path
             for data in map(Path.read_bytes, places):
                 assert (len(data), hashlib.sha256(data).hexdigest()) == (row["size"], row["sha256"]), path
@@ -188,7 +204,7 @@ def struck(how, at, scenario, folder):
         scenario(folder)
     except StorageError as error:
         assert strike.struck, error
-        assert "no space left on device" in str(error).lower(), error
+        assert "no space left on device" in str(error) or "input/output error" in str(error), error
         assert error.hint
         return 3
     return 4 if strike.struck else 0
@@ -197,7 +213,7 @@ def struck(how, at, scenario, folder):
 def check_after(how, status, folder, before, scenario, throughout):
     if scenario is not repair:  # which starts from a damaged entry
         check_disk(folder, throughout)
-    if how != "kill" and scenario is not clean:
+    if how in ("full", "fuller") and scenario is not clean:
         # A full disk does not stop removal: nothing half-made is left, even before the next run.
         left = [path.name for path in folder.iterdir() if path.name.startswith(".")]
         assert left == [], left
@@ -215,7 +231,6 @@ def main():
     how, name, base = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     store._COPIED_BELOW = 100  # the model counts as large
     store.clone = files.clone = lambda source, destination: False
-    assert entries and locks
     before, scenario, throughout = SCENARIOS[name]
     strikes = 0
     while True:

