@@ -181,8 +181,8 @@ def _read_headers(path: Path, files: tuple[str, ...]) -> dict[str, TensorInfo]:
     if files != (SINGLE_FILE,) and (path / INDEX_FILE).exists():
         for tensor_name, file in _read_index(path).items():
             if homes.get(tensor_name) != file:
-                found = f"it is in {homes[tensor_name]}" if tensor_name in homes else "no file has it"
-                raise InputRefused(f"{path / INDEX_FILE}: tensor {tensor_name} should be in {file}, but {found}")
+                place = f"it is in {homes[tensor_name]}" if tensor_name in homes else "no file has it"
+                raise InputRefused(f"{path / INDEX_FILE}: tensor {tensor_name} should be in {file}, but {place}")
     if not tensors:
         raise InputRefused(f"{path}: the safetensors files hold no tensors")
     return tensors

@@ -56,7 +56,8 @@ def digest(path: Path, *, blob_id: bool = False, progress: Progress = no_progres
             hashes.append(hashlib.sha1(b"blob %d\0" % before.st_size, usedforsecurity=False))
         buffer = memoryview(bytearray(_PIECE))
         done = 0
-        while count := read_into(file, buffer, path):
+        # A file that grows for ever must not be read for ever: one piece beyond its size is enough to notice.
+        while done <= before.st_size and (count := read_into(file, buffer, path)):
             for each in hashes:
                 each.update(buffer[:count])
             done += count

@@ -48,7 +48,7 @@ def main() -> None:
             return
         except Exception as error:  # the edge of the process: whatever it is, the parent must hear of it
             answer = {"error": explain(error, request).as_json()}
-        _send(json.loads(_redact(json.dumps(answer))))
+        _send(json.loads(redact(json.dumps(answer))))
 
 
 def _send(message: Mapping[str, Any]) -> None:
@@ -56,7 +56,8 @@ def _send(message: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _redact(text: str) -> str:
+def redact(text: str) -> str:
+    """The text without the token, wherever the token comes from."""
     from huggingface_hub import get_token
 
     for secret in (os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN"), get_token()):

@@ -282,7 +282,8 @@ def _imatrix(target: Target) -> Imatrix | None:
 
 
 def _steps(target: Target) -> tuple[str, ...]:
-    measured = [
-        name for name, wanted in (("fidelity", target.measure.fidelity), ("latency", target.measure.latency)) if wanted
-    ]
-    return ("export", "conform", *measured, "package")
+    measured = {
+        "fidelity": target.measure.fidelity,
+        "latency": target.measure.latency and target.device.is_this_machine,
+    }
+    return ("export", "conform", "samples", *(name for name, wanted in measured.items() if wanted), "package")

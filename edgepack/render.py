@@ -42,9 +42,13 @@ def _candidate_row(candidate: Mapping[str, Any], chosen: str) -> tuple[str, ...]
         f"{candidate['bits_per_weight']:.2f}",
         f"{candidate['ram_mb']:,.0f}",
         f"{candidate['kv_mb']:,.0f}",
-        f"{speed[0]:,.3g} to {speed[1]:,.3g}" if speed else "-",
+        f"{_rate(speed[0])} to {_rate(speed[1])}" if speed else "-",
         misses,
     )
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def package_json(package: Package) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,15 +66,16 @@ def resolve(model: str, progress: Progress = no_progress) -> Source:
         FetchError: The hub, see `edgepack/hub.py`.
         InputRefused: The model was refused before it was downloaded, or its bytes are wrong.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(model)
+    kind = _kind(path) if model else None
+    if kind == "folder":
         return _local("folder", path)
-    if path.is_file() and path.suffix == ".gguf":
+    if kind == "file" and path.suffix == ".gguf":
         return _local("gguf", path)
-    if path.is_file():
+    if kind == "file":
         hint = f"Give its folder: {path.parent}" if path.suffix in (".safetensors", ".json") else None
         raise UsageError(f"{model}: expected a model folder, a .gguf file or a hub id, found a file", hint=hint)
-    if path.exists():
+    if kind == "special":
         raise InputRefused(f"{model}: expected a model folder or a .gguf file, found a special file")
     parsed = hub.parse_id(model)
     if parsed is None or _looks_local(model, path):
@@ -108,6 +110,18 @@ def hash_source(source: Source, progress: Progress = no_progress) -> Source:
         return source
     files = dict(_gguf_files(source.path) if source.kind == "gguf" else _folder_files(source.path))
     return replace(source, files=sha256_of(files, progress))
+
+
+def _kind(path: Path) -> Literal["folder", "file", "special"] | None:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # no permission, a name too long, a loop of links, a NUL
+        if isinstance(error, NotADirectoryError):
+            return None
+        raise UsageError(f"{str(path)[:200]!r}: can't be used as a path: {error}") from error
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "special"
 
 
 def _local(kind: Literal["folder", "gguf"], path: Path) -> Source:
@@ -190,9 +204,10 @@ def _looks_local(model: str, path: Path) -> bool:
 
 
 def _near(path: Path) -> list[str]:
-    if not path.parent.is_dir():
+    try:
+        names = [name for name in model_folder.entries(path.parent) if not name.startswith(".")]
+    except InputRefused:  # no such folder, not readable, or too many entries to guess among
         return []
-    names = [name for name in model_folder.entries(path.parent) if not name.startswith(".")]
     folders = [name for name in names if (path.parent / name).is_dir() or name.endswith(".gguf")]
     return difflib.get_close_matches(path.name, folders, n=1, cutoff=0.7)
 

@@ -18,7 +18,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import sys
 import time
 import weakref
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepack import locks
+from edgepack.cleaning import clean, remove_abandoned, temporary, tree_bytes
 from edgepack.entries import MANIFEST, Damaged, FileRecord, Released, key_of, read, seal
 from edgepack.errors import StorageError
 from edgepack.files import (
@@ -35,7 +35,6 @@ from edgepack.files import (
     copy,
     discard,
     is_storage_error,
-    remove,
     storage_error,
     storage_errors,
     sync_folder,
@@ -51,11 +50,9 @@ _CACHEDIR_TAG = b"""Signature: 8a477f597d28d172789f06886806bc55
 # Backup programs skip this folder (https://bford.info/cachedir/). edgepack keeps results of build steps here; it can be
 # removed at any time.
 """
+_POLL_SECONDS = 0.02
+_PATIENCE_SECONDS = 60.0  # with a process that releases a file and does not settle; its copy is read all the same
 _ELSEWHERE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
-# Only what bears a name of ours is ever removed: $EDGEPACK_CACHE may be set to a folder that holds other things.
-_KEY = re.compile(r"[0-9a-f]{64}")
-_BAD = re.compile(r"[0-9a-f]{64}\.[0-9a-f]{8}")
-_TEMPORARY = re.compile(r"\w+\.\d+\.[0-9a-f]{12}")
 _HINT = "Set EDGEPACK_CACHE to a folder that can be written and has room."
 
 
@@ -125,7 +122,7 @@ class Store:
                 held.enter_context(locks.waiting(self.root / "locks" / key, f"making {name}"))
                 entry = self._find(key, keep=True)
                 if not entry:
-                    self._clean()  # the one that was waited for may have died
+                    remove_abandoned(self._tmp)  # the one that was waited for may have died
             return entry or self._make(key, name, inputs, make)
 
     @contextlib.contextmanager
@@ -207,7 +204,7 @@ class Store:
     def size(self) -> int:
         """Bytes of everything in the store, released files not counted."""
         with storage_errors(self.root):
-            return _tree_bytes(self.root)
+            return tree_bytes(self.root)
 
     def gc(self, keep_bytes: int = 0) -> int:
         """Remove damaged and abandoned folders, then the entries longest unused, until at most `keep_bytes` remain.
@@ -223,24 +220,16 @@ class Store:
         self._prepare()
         before = self.size()
         with storage_errors(self.root), locks.waiting(self.root / "locks" / "gc", "cleaning the store"):
-            for folder in _matching(self.root / "bad", _BAD):
-                remove(folder)
-            self._clean()
-            folders = sorted(_matching(self._done, _KEY), key=_last_used)
-            left = {folder: _tree_bytes(folder) for folder in folders}
-            for folder in folders:
-                if sum(left.values()) <= keep_bytes:
-                    break
-                if self._evict(folder):
-                    del left[folder]
-            for lock in _matching(self.root / "locks", _KEY):
-                if not os.path.lexists(self._done / lock.name):
-                    _remove_unused(lock)
+            clean(self.root, keep_bytes, self._take_away)
         return before - self.size()
 
     def _find(self, key: str, *, keep: bool) -> Entry | None:
         """The whole entry of `key`, in use from now on; or None, and with `keep` the way is clear for a new one."""
         folder = self._done / key
+        if key in self._in_use:  # an own lock that a release left exclusive would be waited for
+            with contextlib.suppress(locks.Busy):
+                locks.take(self._in_use[key], shared=True)
+        patience = time.monotonic() + _PATIENCE_SECONDS
         while os.path.lexists(folder):
             try:
                 descriptor = locks.open_folder(folder)
@@ -255,15 +244,16 @@ class Store:
                 continue
             kept = False
             try:
-                locks.take(descriptor, shared=True)
+                if time.monotonic() < patience:
+                    locks.take(descriptor, shared=True)  # busy: about to be cleaned away, or handed over
                 if not locks.is_at(descriptor, folder):
                     continue
                 files = read(folder, self._releases.of(key))
                 with contextlib.suppress(OSError):  # a store that can only be read is good for that
                     os.utime(folder / MANIFEST)
                 kept = True
-            except locks.Busy:  # `gc` is about to take it away
-                time.sleep(0.01)
+            except locks.Busy:
+                time.sleep(_POLL_SECONDS)
                 continue
             except Damaged as problem:
                 if not keep:
@@ -322,16 +312,10 @@ class Store:
 
     @contextlib.contextmanager
     def _temporary(self, label: str) -> Iterator[tuple[Path, int]]:
-        with self._storage_errors():
-            folder, descriptor = locks.new_folder(lambda: self._tmp / f"{label}.{os.getpid()}.{os.urandom(6).hex()}")
-        try:
-            yield folder, descriptor
-        finally:
-            try:
-                if locks.is_at(descriptor, folder):
-                    discard(folder)
-            finally:
-                os.close(descriptor)
+        with contextlib.ExitStack() as held:
+            with self._storage_errors():
+                made = held.enter_context(temporary(self._tmp, label))
+            yield made
 
     def _write(self, path: Path, data: bytes) -> None:
         # Not beside `path`: what a killed process leaves in a folder of its own is cleared away.
@@ -347,45 +331,21 @@ class Store:
                 (self.root / name).mkdir(exist_ok=True)
             if not (self.root / "CACHEDIR.TAG").is_file():
                 self._write(self.root / "CACHEDIR.TAG", _CACHEDIR_TAG)
-            self._clean()
+            remove_abandoned(self._tmp)
         self._ready = True
 
-    def _clean(self) -> None:
-        """Remove the temporary folders of processes that are dead."""
-        for folder in _matching(self._tmp, _TEMPORARY):
-            descriptor = locks.abandoned(folder)
-            if descriptor is not None:
-                discard(folder)
-                os.close(descriptor)
-
-    def _evict(self, folder: Path) -> bool:
-        try:
-            descriptor = locks.open_folder(folder)
-        except OSError:
-            remove(folder)
-            return True
-        try:
-            if not locks.take(descriptor) or not locks.is_at(descriptor, folder):
-                return False  # without locks nobody can tell what is in use
-            self._take_away(folder)
-            self._releases.forget(folder.name)
-            return True
-        except locks.Busy:
-            return False
-        finally:
-            os.close(descriptor)
-
     def _take_away(self, folder: Path) -> None:
+        self._releases.forget(folder.name)
         with self._temporary("gone") as (grave, _):
             folder.rename(grave / folder.name)  # at once for everyone; the removal may take its time
 
     def _set_aside(self, folder: Path, problem: str, *, gone: bool = False) -> None:
-        self._releases.forget(folder.name)
         if gone:
             _log.info("entry %s: %s; it is made again", folder.name[:12], problem)
             self._take_away(folder)
             return
         _log.warning("entry %s of the store is damaged: %s; it is made again", folder.name[:12], problem)
+        self._releases.forget(folder.name)
         bad = self.root / "bad"
         bad.mkdir(exist_ok=True)
         for older in bad.glob(f"{folder.name}.*"):
@@ -414,36 +374,6 @@ def default_root() -> Path:
     # XDG base directory specification: a relative path is to be ignored.
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "edgepack"
-
-
-def _matching(folder: Path, names: re.Pattern[str]) -> list[Path]:
-    return [path for path in folder.iterdir() if names.fullmatch(path.name)]
-
-
-def _last_used(folder: Path) -> float:
-    try:
-        return (folder / MANIFEST).lstat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _tree_bytes(path: Path) -> int:
-    total = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            with contextlib.suppress(OSError):  # removed meanwhile
-                total += Path(folder, name).lstat().st_size
-    return total
-
-
-def _remove_unused(lock: Path) -> None:
-    with contextlib.suppress(OSError, locks.Busy):
-        descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            if locks.take(descriptor):
-                lock.unlink()
-        finally:
-            os.close(descriptor)
 
 
 def _close_all(descriptors: dict[str, int]) -> None:

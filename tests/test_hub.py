@@ -16,6 +16,7 @@ from fake_hub import COMMIT, FakeHub
 
 from edgepack import hub
 from edgepack.errors import EdgepackError, FetchError, InputRefused, UsageError
+from edgepack.hub_child import explain, redact
 from edgepack.hub_process import child_environment
 from edgepack.source import hash_source, resolve
 
@@ -362,6 +363,13 @@ def test_the_child_sees_the_hubs_settings_and_no_other_credential() -> None:
     assert seen["HF_TOKEN"] == "t"
     assert seen["https_proxy"] == "p"
     assert not {"AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK", "HF_DEBUG"} & seen.keys()
+
+
+def test_a_token_in_an_error_text_is_blotted_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", MARKER)
+    error = explain(RuntimeError(f"refused: https://u:{MARKER}@x.org"), {"id": "acme/pico"})
+    assert MARKER in error.message
+    assert MARKER not in redact(str(error.as_json()))
 
 
 def test_a_child_that_dies_is_an_error_not_a_hang(served: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,17 @@ def test_what_is_neither_a_path_nor_an_id_gets_advice(
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("model", ["a" * 300, "a\0b", "loop"])
+def test_what_the_system_does_not_take_as_a_path_is_a_usage_error(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    with pytest.raises(UsageError) as caught:
+        resolve(model)
+    assert caught.value.message.isprintable()
+
+
 def test_a_file_of_a_model_points_to_its_folder(tmp_path: Path) -> None:
     folder = pico.write(tmp_path)
     with pytest.raises(UsageError) as caught:

@@ -348,7 +348,7 @@ def test_a_failed_package_gives_the_file_back(root, tmp_path, large):
 
     with pytest.raises(StepError):
         publish(build, tmp_path / "out")
-    store.close()
+    assert store.step("export", INPUTS, make).cached  # and does not wait for itself
     again = step(root, make)
     assert again.cached
     assert again.files["model/m.gguf"].path == entry.path / "model/m.gguf"

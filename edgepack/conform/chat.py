@@ -30,6 +30,8 @@ RENDER_SECONDS = 20.0  # all chats, both sides; published templates take millise
 RENDER_BYTES = 1 << 30  # address space beyond what the process has when it starts
 _TEXT_BYTES = 1 << 20  # a rendered chat; these are a few hundred bytes long
 
+_NO_TEMPLATE = {"chats": 0, "tokens": 0, "skipped": {}, "note": "the model has no chat template"}
+
 Chat = tuple[str, list[dict[str, str]], list[dict[str, Any]] | None]
 
 _WEATHER = {
@@ -86,16 +88,21 @@ def chat(*, artifact: str, source: str, progress: Progress, seconds: float = REN
     header = read_gguf(Path(artifact))
     if Path(source).is_file():
         return _same_template(header, read_gguf(Path(source)))
+    ours, complete = header.get("tokenizer.chat_template"), (Path(source) / "tokenizer.json").is_file()
+    if ours is None and not complete:
+        return dict(_NO_TEMPLATE)  # transformers would need protobuf to read tokenizer.model
     tokenizer = _transformers_tokenizer(Path(source))
     with Model(artifact, threads=1, vocab_only=True) as engine:
-        _check_around(tokenizer, engine)
-        ours, theirs = header.get("tokenizer.chat_template"), tokenizer.chat_template
+        if complete:  # transformers 5 adds no BOS of its own to what tokenizer.model says; earlier versions did
+            _check_around(tokenizer, engine)
+        theirs = tokenizer.chat_template
         if ours is None and theirs is None:
-            return {"chats": 0, "tokens": 0, "skipped": {}, "note": "the model has no chat template"}
+            return dict(_NO_TEMPLATE)
         if ours is None or theirs is None:
             place = "the source" if ours is None else "the artifact"
             raise ConformanceError(f"chat template: only {place} has one")
-        skipped = {} if "tools" in ours else {"tools": "the template knows no tools"}
+        for_tools = header.get("tokenizer.chat_template.tool_use") or ours
+        skipped = {} if "tools" in for_tools else {"tools": "the template knows no tools"}
         chosen = [entry for entry in CHATS if entry[0] not in skipped]
         texts = rendered(chosen, tokenizer, header, seconds)
         return _compare(chosen, texts, Path(source), tokenizer, engine, skipped, progress)

@@ -157,8 +157,8 @@ def _accents(tokenizer: Json, engine: Engine) -> Changes:
     if engine.model == "bert" and nodes[0].get("lowercase", True) and nodes[0].get("strip_accents") is not False:
         tokenizer["normalizer"] = nodes[0] | {"strip_accents": False}
         yield Difference(
-            "llama.cpp drops all combining marks (also vowel signs of Indic scripts) and all of a Hangul syllable but its"
-            " first consonant; the tokenizer drops accents only",
+            "llama.cpp drops all combining marks (Indic vowel signs too) and all but the first consonant of a"
+            " Hangul syllable; the tokenizer drops accents only",
             tokenizer,
             _base_letters,
         )

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgepack.checkpoint import open_checkpoint
-from edgepack.errors import ConformanceError, StepError, UsageError
+from edgepack.errors import ConformanceError, StepError
 from edgepack.gguf.file import GgufFile, read_gguf
-from edgepack.gguf.pooling import POOLING
+from edgepack.gguf.pooling import read_pooling
 from edgepack.worker import Progress
 
 # Mean over the positions of a text, nats per token. Measured: below 1e-9 without GELU, below 2e-7 with llama.cpp's
@@ -91,22 +91,16 @@ def logits(*, reference_gguf: str, source: str, threads: int, progress: Progress
         StepError: One of them could not load or run the model.
         InputRefused: The source is unsafe or malformed.
     """
-    open_checkpoint(Path(source))  # the linter stands before every load
+    checkpoint = open_checkpoint(Path(source))  # the linter stands before every load
     header = read_gguf(Path(reference_gguf))
-    pooling = _pooling(header)
+    pooling = None
+    if header.get(f"{header.architecture}.pooling_type") is not None:
+        pooling = read_pooling(checkpoint) or "mean"  # of the source: the file's own is what is being proved
     prompts, ours = _run_llama_cpp(header, pooling is not None, threads, progress)
     theirs = _run_transformers(source, prompts, pooling, threads, progress)
     if pooling is not None:
         return _compare_embeddings(prompts, theirs, ours)
     return _compare_logits(prompts, theirs, ours)
-
-
-def _pooling(header: GgufFile) -> str | None:
-    number = header.get(f"{header.architecture}.pooling_type")
-    names = {value: name for name, value in POOLING.items()}
-    if number is not None and number not in names:
-        raise UsageError(f"{header.path}: pooling type {number} has no counterpart to compare with")
-    return None if number is None else names[number]
 
 
 def _run_llama_cpp(
@@ -155,6 +149,12 @@ def _run_transformers(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise StepError(f"{source}: transformers can't load it: {reason[0][:300]}") from error
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if any(max(prompt.ids) >= rows for prompt in prompts):
+        raise ConformanceError(
+            f"logits: the GGUF's vocabulary gives token {max(max(prompt.ids) for prompt in prompts)}, and the source's "
+            f"embedding has {rows} rows: they are not of one model"
+        )
     found: list[Floats] = []
     with torch.inference_mode():
         for done, prompt in enumerate(prompts, 1):

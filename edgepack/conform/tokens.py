@@ -49,6 +49,7 @@ class Report:
         """The worker's result."""
         return {
             "texts": self.texts,
+            "equal": self.texts - sum(count for count, _ in self.differences.values()),
             "tokens": self.tokens,
             "round_trips": self.round_trips,
             "reference": reference,
@@ -93,8 +94,8 @@ def tokens(*, artifact: str, source: str, progress: Progress) -> dict[str, Any]:
         progress: In texts.
 
     Returns:
-        `texts`, `tokens`, `round_trips`, `reference`, `differences` (known ones that showed, each with a reason, the
-        number of texts and an example).
+        `texts`, `equal` (texts with equal ids), `tokens`, `round_trips`, `reference`, `differences` (known ones that
+        showed, each with a reason, the number of texts and an example).
 
     Raises:
         ConformanceError: An id differs; the message shows the text, the place and both ids.
@@ -265,7 +266,7 @@ def _json_reference(folder: Path) -> Reference:
         decode=(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))) if lossless else None,
         name_of=tokenizer.id_to_token,
         special=tuple(entry["content"] for entry in document.get("added_tokens") or []),
-        around=_around(tokenizer, folder),
+        around=_around(tokenizer),
         differences=differences,
     )
 
@@ -274,17 +275,8 @@ def _encoder(tokenizer: Any, prepare: Callable[[str], str] = str) -> Encode:
     return lambda text: list(tokenizer.encode(prepare(text), add_special_tokens=False).ids)
 
 
-def _around(tokenizer: Any, folder: Path) -> tuple[list[int], list[int]]:
-    """(before, after) a text: by the flags of tokenizer_config.json, as in transformers, else by tokenizer.json."""
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    if ("add_bos_token" in config or "add_eos_token" in config) and not config.get("cls_token"):
-        ends = []
-        for role in ("bos", "eos"):
-            token = config.get(f"{role}_token")
-            number = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token) if token else None
-            ends.append([number] if config.get(f"add_{role}_token") and number is not None else [])
-        return ends[0], ends[1]
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids before and after a text with special tokens added."""
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a").ids
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)

@@ -65,6 +65,7 @@ _HEAD_NORMS = (
 )
 _BASE = {"num_key_value_heads": None, "head_dim": None, "rope_theta": 10000.0, "rms_norm_eps": 1e-6}
 _COMMON = _BASE | {"hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
+_LAYER_NORM = {key: value for key, value in _COMMON.items() if key != "rms_norm_eps"} | {"layer_norm_eps": 1e-5}
 
 _QK_WHOLE_NORMS = (
     Module("layers.{i}.self_attn.q_norm", "blk.{i}.attn_q_norm", "q"),
@@ -259,7 +260,6 @@ OLMO3 = replace(
     rope_uniform=False,
     window=Window("pattern", every=4, computed=True),
 )
-_GPT2_LAYER = "h.{i}"
 GPT2 = Architecture(
     name="gpt2",
     upstream="conversion/gpt2.py, src/models/gpt2.cpp",
@@ -299,6 +299,96 @@ GPT2 = Architecture(
     ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
     square=True,
     gelu=True,
+)
+
+STARCODER2 = Architecture(
+    name="starcoder2",
+    upstream="conversion/starcoder.py, src/models/starcoder2.cpp",
+    modules=_decoder(
+        _norms(*_PRE_NORMS, bias=True),
+        _attention(True),
+        (
+            Module("layers.{i}.mlp.c_fc", "blk.{i}.ffn_up", "ffn hidden", True),
+            Module("layers.{i}.mlp.c_proj", "blk.{i}.ffn_down", "hidden ffn", True),
+        ),
+        norm_bias=True,
+    ),
+    names={"layer_norm_eps": "norm_epsilon"},
+    defaults=_LAYER_NORM
+    | {"hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 4096, "use_bias": True}
+    | {"sliding_window": None, "tie_word_embeddings": True},
+    norm="layer",
+    activations=_TANH_GELU,
+    rope_types=_SCALED,
+    square=True,
+    window=Window("all"),
+    requires=(Requirement("use_bias", lambda value, sizes: value is True, "true: its biases are not optional"),),
+    gelu=True,
+)
+STABLELM = Architecture(
+    name="stablelm",
+    upstream="conversion/stablelm.py, src/models/stablelm.cpp",
+    modules=_decoder(
+        _norms(*_PRE_NORMS, bias=True), _attention("use_qkv_bias", output_bias=False), _gated(), norm_bias=True
+    ),
+    defaults=_LAYER_NORM
+    | {"max_position_embeddings": 4096, "use_qkv_bias": False}
+    | {"qk_layernorm": False, "use_parallel_residual": False},
+    norm="layer",
+    output="required",
+    rope_types=_SCALED,
+    rope_partial=0.25,
+    square=True,
+    requires=(
+        Requirement("qk_layernorm", lambda value, sizes: not value, "false: norms per head are not in the table"),
+        Requirement("use_parallel_residual", lambda value, sizes: not value, "false: that form is not in the table"),
+    ),
+)
+EXAONE4 = Architecture(
+    name="exaone4",
+    upstream="conversion/exaone.py, src/models/exaone4.cpp",
+    modules=_decoder(
+        _norms("post_attention_layernorm post_attention_norm", "post_feedforward_layernorm post_ffw_norm"),
+        _HEAD_NORMS,
+        _attention(),
+        _gated(),
+    ),
+    defaults=_COMMON | {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "sliding_window": 4096},
+    rope_types=_FACTORS,
+    square=True,
+    requires=(
+        Requirement("sliding_window", lambda value, sizes: value is None, "null: it slides with 64 layers only"),
+        Requirement("num_hidden_layers", lambda value, sizes: value != 64, "not 64: it then slides"),
+    ),
+)
+ARCEE = replace(
+    LLAMA,
+    name="arcee",
+    upstream="conversion/llama.py, src/models/arcee.cpp",
+    modules=_decoder(
+        _norms(*_PRE_NORMS),
+        _attention(False, transform="rope"),
+        (
+            Module("layers.{i}.mlp.up_proj", "blk.{i}.ffn_up", "ffn hidden"),
+            Module("layers.{i}.mlp.down_proj", "blk.{i}.ffn_down", "hidden ffn"),
+        ),
+    ),
+    defaults=_COMMON | {"rms_norm_eps": 1e-5, "hidden_act": "relu2", "max_position_embeddings": 4096},
+    activations=frozenset({"relu2"}),
+    requires=(
+        _NO_ATTENTION_BIAS,
+        Requirement("mlp_bias", lambda value, sizes: not value, "false: the graph adds none"),
+    ),
+)
+ERNIE4_5 = Architecture(
+    name="ernie4_5",
+    upstream="conversion/ernie.py, src/models/ernie4-5.cpp",
+    modules=_decoder(_norms(*_PRE_NORMS), _attention(), _gated()),
+    defaults=_COMMON
+    | {"rms_norm_eps": 1e-5, "head_dim": 128, "max_position_embeddings": 131072, "rope_theta": 500_000.0}
+    | {"tie_word_embeddings": True, "use_bias": False},
+    rope_types=_SCALED,
+    requires=(Requirement("use_bias", lambda value, sizes: not value, "false: the graph adds none"),),
 )
 
 _BERT_LAYER = (
@@ -365,6 +455,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "Olmo2ForCausalLM": OLMO2,
         "Olmo3ForCausalLM": OLMO3,
         "GPT2LMHeadModel": GPT2,
+        "Starcoder2ForCausalLM": STARCODER2,
+        "StableLmForCausalLM": STABLELM,
+        "Exaone4ForCausalLM": EXAONE4,
+        "ArceeForCausalLM": ARCEE,
+        "Ernie4_5ForCausalLM": ERNIE4_5,
         "BertModel": BERT,
         "BertForMaskedLM": BERT,
         "RobertaModel": ROBERTA,
@@ -395,6 +490,11 @@ MODEL_TYPES: Mapping[str, str] = MappingProxyType(
         "olmo2": "Olmo2ForCausalLM",
         "olmo3": "Olmo3ForCausalLM",
         "gpt2": "GPT2LMHeadModel",
+        "starcoder2": "Starcoder2ForCausalLM",
+        "stablelm": "StableLmForCausalLM",
+        "exaone4": "Exaone4ForCausalLM",
+        "arcee": "ArceeForCausalLM",
+        "ernie4_5": "Ernie4_5ForCausalLM",
         "bert": "BertModel",
         "roberta": "RobertaModel",
         "xlm-roberta": "XLMRobertaModel",

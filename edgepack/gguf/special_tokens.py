@@ -4,8 +4,8 @@ Every flag is written, never left to llama.cpp's defaults: those depend on the p
 tokens. Knows nothing of how text is split.
 
 Sources: llama.cpp `src/llama-vocab.cpp` (which keys are read, tokens found by their text), gguf-py `gguf/vocab.py`
-(SpecialVocab: where a folder says what), transformers `tokenization_utils_tokenizers.py` (add_bos_token in
-tokenizer_config.json replaces the post-processor of tokenizer.json).
+(SpecialVocab: where a folder says what), transformers `tokenization_utils_base.py` (_from_pretrained: add_bos_token in
+tokenizer_config.json is ignored beside a tokenizer.json).
 """
 
 from __future__ import annotations
@@ -135,36 +135,27 @@ def _template(node: Mapping[str, Any]) -> Affixes:
     return Affixes(tuple(before), tuple(after))
 
 
-def affixes(
-    checkpoint: Checkpoint, tokenizer: Mapping[str, Any] | None, ids: Mapping[str, int], roles: Mapping[str, int]
-) -> Affixes:
+def affixes(checkpoint: Checkpoint, tokenizer: Mapping[str, Any] | None, roles: Mapping[str, int]) -> Affixes:
     """What the model's tokenizer puts around a text, as transformers decides it.
 
     Args:
-        checkpoint: For tokenizer_config.json.
+        checkpoint: For tokenizer_config.json, whose flags count only where there is no tokenizer.json.
         tokenizer: Parsed tokenizer.json, or None.
-        ids: Token text -> id.
         roles: Ids that tokenizer.model gives to BOS and EOS.
 
     Raises:
-        InputRefused: More than one token on a side, which llama.cpp can't add.
+        InputRefused: More than one token on a side, which llama.cpp can't add, or a malformed post_processor.
     """
-    config = checkpoint.json("tokenizer_config.json") or {}
-    if tokenizer is None:  # tokenizer.model says nothing; its users (Llama, Gemma) add BOS unless told otherwise
-        found, config = Affixes(), {"add_bos_token": "bos" in roles} | config
-    else:
-        try:
-            found = post_processor(tokenizer.get("post_processor"))
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise InputRefused(
-                f"tokenizer.json: post_processor is malformed ({type(error).__name__}: {error})"
-            ) from error
-    if any(flag in config for flag in ("add_bos_token", "add_eos_token")) and not config.get("cls_token"):
-        bos, eos = (_token_id(config.get(f"{role}_token"), ids, roles.get(role)) for role in ("bos", "eos"))
-        found = Affixes(
-            (bos,) if config.get("add_bos_token") and bos is not None else (),
-            (eos,) if config.get("add_eos_token") and eos is not None else (),
-        )
+    if tokenizer is None:
+        config = checkpoint.json("tokenizer_config.json") or {}
+        # Llama and Gemma add BOS unless told otherwise; tokenizer.model itself says nothing.
+        wanted = {"bos": config.get("add_bos_token", True), "eos": config.get("add_eos_token", False)}
+        before, after = ((roles[role],) if wanted[role] and role in roles else () for role in ("bos", "eos"))
+        return Affixes(before, after)
+    try:
+        found = post_processor(tokenizer.get("post_processor"))
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise InputRefused(f"tokenizer.json: malformed post_processor ({type(error).__name__}: {error})") from error
     if len(found.before) > 1 or len(found.after) > 1:
         raise InputRefused(
             f"tokenizer.json: post_processor adds tokens {list(found.before)} before a text, {list(found.after)} after"
@@ -251,9 +242,9 @@ def _ends(checkpoint: Checkpoint, ids: Mapping[str, int], eos: int | None, rows:
     return turn_end, rest[0] if rest else None
 
 
-def _token_id(token: Any, ids: Mapping[str, int], default: int | None = None) -> int | None:
+def _token_id(token: Any, ids: Mapping[str, int]) -> int | None:
     text = token.get("content") if isinstance(token, dict) else token
-    return ids.get(text, default) if isinstance(text, str) else default
+    return ids.get(text) if isinstance(text, str) else None
 
 
 def _numbers(value: Any, rows: int) -> Iterable[int]:

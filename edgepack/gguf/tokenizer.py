@@ -59,7 +59,7 @@ def vocabulary(checkpoint: Checkpoint, *, rows: int) -> Metadata:
         ids = {token: index for index, token in enumerate(vocab.tokens) if token}
     else:
         ids, vocab = _from_tokenizer_json(checkpoint, tokenizer, rows)
-    around = affixes(checkpoint, tokenizer, ids, vocab.roles)
+    around = affixes(checkpoint, tokenizer, vocab.roles)
     keys = metadata(padded(vocab, rows)) | special_tokens(checkpoint, ids, around, rows=rows, vocab=vocab)
     keys["tokenizer.ggml.add_space_prefix"] = boolean(vocab.prefix_space)
     segments = checkpoint.config.get("type_vocab_size")

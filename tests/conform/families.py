@@ -398,9 +398,10 @@ def family(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         return model, {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "add_bos_token": True}
     normalizer, pre, extra = LLAMA_FAMILY[name]
     special = LLAMA_SPECIAL | dict.fromkeys(extra, True)
-    return spm_bpe_json(
-        llama_model(), normalizer=normalizer, pre_tokenizer=pre, special=special, bos="<s>"
-    ), LLAMA_ROLES
+    made = spm_bpe_json(llama_model(), normalizer=normalizer, pre_tokenizer=pre, special=special, bos="<s>")
+    for entry in made["added_tokens"]:
+        entry["rstrip"] = name == "phi-3" and entry["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+    return made, LLAMA_ROLES
 
 
 LLAMA_FAMILY: dict[str, tuple[Any, Any, tuple[str, ...]]] = {

@@ -81,7 +81,7 @@ def test_merges_may_be_strings_or_pairs(tmp_path: Path) -> None:
     found = []
     for name, merges in (("pairs", pairs), ("strings", [" ".join(pair) for pair in pairs])):
         tokenizer["model"]["merges"] = merges
-        folder = families.write_folder(tmp_path / name, tokenizer, {"eos_token": "<|endoftext|>"})
+        folder = families.write_folder(tmp_path / name / "m", tokenizer, {"eos_token": "<|endoftext|>"})
         found.append(families.gguf(folder, 1500))
         assert compare(found[-1], folder)["differences"] == []
     assert found[0].read_bytes() == found[1].read_bytes()

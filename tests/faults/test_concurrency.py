@@ -120,7 +120,7 @@ def test_killed_at_random_times_and_run_again(tmp_path, start):
     seed = random.SystemRandom().randrange(2**32)
     print("seed", seed)
     times = random.Random(seed)
-    for _ in range(25):
+    for _ in range(15):
         process = start("step")
         time.sleep(times.uniform(0.02, 0.25))
         process.kill()

@@ -120,6 +120,29 @@ def random_importance(model: ModelSpec, seed: int = 7) -> dict[str, np.ndarray]:
     }
 
 
+def write_imatrix(path: Path, entries: dict[str, tuple[np.ndarray, np.ndarray]], **keys: object) -> Path:
+    """As llama-imatrix writes one (llama.cpp tools/imatrix/imatrix.cpp): sums [experts, width], counts [experts, 1]."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, arch="", use_temp_file=False)
+    writer.kv_data[0].clear()  # general.architecture: an importance matrix has none
+    writer.add_type(str(keys.get("type", "imatrix")))
+    if keys.get("metadata", True):
+        writer.add_array("imatrix.datasets", list(keys.get("datasets", ["calibration.txt"])))
+        writer.add_uint32("imatrix.chunk_count", 100)
+        writer.add_uint32("imatrix.chunk_size", 512)
+    for name, (sums, counts) in entries.items():
+        if sums is not None:
+            writer.add_tensor(f"{name}.in_sum2", sums)
+        if counts is not None:
+            writer.add_tensor(f"{name}.counts", counts)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def llama_quantize(jobs: Sequence[Mapping[str, object]], importance: Path | None = None) -> list[dict[str, str]]:
     """Run llama.cpp's quantizer.
 

@@ -48,6 +48,7 @@ def tied_by_mistake(config: dict) -> None:
 
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "num_hidden_layers": 4, "sliding_window": 24}
 MASKED = {"num_key_value_heads": 4, "type_vocab_size": 2, "max_position_embeddings": 130}
+EXAONE = {"sliding_window": None, "layer_types": ["full_attention"] * 3}
 CASES: dict[str, Case] = {
     "llama-2": Case("Llama", {"num_key_value_heads": 4}),
     "llama-tied-biases": Case("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -119,6 +120,12 @@ CASES: dict[str, Case] = {
     "olmo-2-tied": Case("Olmo2", {"tie_word_embeddings": True}),
     "olmo-3": Case("Olmo3", {"num_hidden_layers": 5, "sliding_window": 24}),
     "gpt-2": Case("GPT2", {"num_key_value_heads": 4}, "LMHeadModel", gelu=True),
+    "starcoder2": Case("Starcoder2", gelu=True),
+    "stablelm": Case("StableLm", {"use_qkv_bias": True}),
+    "exaone-4": Case("Exaone4", EXAONE | {"tie_word_embeddings": True}),
+    "exaone-4-llama3-rope": Case("Exaone4", EXAONE | {"rope_parameters": LLAMA3}, lengths=(200,)),
+    "arcee": Case("Arcee"),
+    "ernie-4.5": Case("Ernie4_5", {"head_dim": 24}),
     "bert-mean": Case("Bert", MASKED, "Model", pooling="mean", tokenizer="wordpiece", lengths=(7, 90), gelu=True),
     "bert-cls": Case("Bert", MASKED, "Model", pooling="cls", tokenizer="wordpiece", gelu=True),
     "bert-masked-lm": Case(

@@ -17,7 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_quantize import hyperparameters, llama_quantize, random_importance, random_model, spec_of, tensor_shapes
+from llama_quantize import (
+    hyperparameters,
+    llama_quantize,
+    random_importance,
+    random_model,
+    spec_of,
+    tensor_shapes,
+    write_imatrix,
+)
 
 from edgepack import worker
 from edgepack.errors import InputRefused, StepError, StorageError, UsageError
@@ -531,6 +539,32 @@ def test_export_runs_in_a_worker_and_reports_what_it_wrote(example: Path, tmp_pa
     assert sum(report["tensor_bytes_by_type"].values()) * 8 / report["parameters"] == report["bits_per_weight"]
     assert report["ggml"]["ggml"] and file.get("general.file_type") == 15
     assert (file.get("edgepack.version"), file.get("edgepack.flag"), file.get("edgepack.count")) == ("0.1.0", True, 3)
+
+
+def test_export_reads_the_importance_matrix_and_says_what_it_did_not_cover(example: Path, tmp_path: Path) -> None:
+    importance = random_importance(describe(example))
+    del importance["blk.3.attn_k.weight"]
+    sums = {name: (values[None] * 64, np.full((1, 1), 64, np.float32)) for name, values in importance.items()}
+    report = export(
+        model=str(example),
+        preset="Q2_K_S",
+        overrides={"attn_k": "Q8_0"},
+        imatrix=str(write_imatrix(tmp_path / "i.gguf", sums)),
+        shard_mb=1,
+        folder=str(tmp_path),
+        stem="tiny",
+        threads=2,
+        allow_nonfinite=False,
+        extra_metadata={},
+        progress=worker.no_progress,
+    )
+    assert report["without_importance"] == ["token_embd.weight", "blk.3.attn_k.weight"]
+    assert report["files"][0] == f"tiny-00001-of-{len(report['files']):05d}.gguf" and len(report["files"]) > 1
+    written = {name: data for file in report["files"] for name, data in weights(tmp_path / file).items()}
+    model, matrix = describe(example), Imatrix(importance, SHA)
+    layout = plan_layout(model, "Q2_K_S", overrides={"attn_k": "Q8_0"}, imatrix=matrix)
+    (whole,) = write(model, layout, tmp_path, stem="whole", threads=2, imatrix=matrix)
+    assert written == weights(whole)
 
 
 def test_export_refuses_metadata_that_gguf_has_no_type_for(example: Path, tmp_path: Path) -> None:

@@ -5,33 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
+from llama_quantize import write_imatrix
 
 from edgepack.errors import InputRefused
 from edgepack.gguf.imatrix import read_imatrix
-
-
-def write_imatrix(path: Path, entries: dict[str, tuple[np.ndarray, np.ndarray]], **keys: object) -> Path:
-    """As llama-imatrix writes one (llama.cpp tools/imatrix/imatrix.cpp): sums [experts, width], counts [experts, 1]."""
-    writer = gguf.GGUFWriter(path, arch="", use_temp_file=False)
-    writer.kv_data[0].clear()  # general.architecture: an importance matrix has none
-    writer.add_type(str(keys.get("type", "imatrix")))
-    if keys.get("metadata", True):
-        writer.add_array("imatrix.datasets", list(keys.get("datasets", ["calibration.txt"])))
-        writer.add_uint32("imatrix.chunk_count", 100)
-        writer.add_uint32("imatrix.chunk_size", 512)
-    for name, (sums, counts) in entries.items():
-        if sums is not None:
-            writer.add_tensor(f"{name}.in_sum2", sums)
-        if counts is not None:
-            writer.add_tensor(f"{name}.counts", counts)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def _entry(experts: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
