@@ -19,7 +19,7 @@ from edgepack.measurement import Measurement, PackageVerdict
 
 if TYPE_CHECKING:
     from edgepack.package import Package
-    from edgepack.plan import Plan
+    from edgepack.planning import Plan
     from edgepack.source import Source
     from edgepack.targets import Target
 
@@ -51,7 +51,7 @@ def plan(
         InputRefused: The model is unsafe, malformed or not supported.
         ProfileError: The profile or an override is not valid.
     """
-    from edgepack.plan import make_plan
+    from edgepack.planning import make_plan
 
     resolved = _target(target, overrides)
     return make_plan(_resolve(model, listener), resolved, format=format, quantize=quantize)
@@ -92,8 +92,8 @@ def build(
         ConformanceError: The artifact differs from its source in token ids, chat rendering or logits.
         StepError: A step failed; finished steps are kept in the store.
     """
-    from edgepack.build import Build
-    from edgepack.plan import make_plan
+    from edgepack.building import Build
+    from edgepack.planning import make_plan
     from edgepack.publish import check_output
 
     resolved = _target(target, overrides)
@@ -171,7 +171,7 @@ def validate(
         InputRefused: The package is not whole, or the source is not the one it was built from.
         MissingError: The device does not answer.
     """
-    from edgepack.validate import validate_package
+    from edgepack.validation import validate_package
 
     return validate_package(
         Path(package),

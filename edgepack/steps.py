@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgepack.errors import InputRefused
 from edgepack.events import Event, Listener, step
-from edgepack.plan import gguf_keys
+from edgepack.planning import gguf_keys
 from edgepack.toolchain import code_digest, versions
 from edgepack.worker import Limits, run
 
 if TYPE_CHECKING:
-    from edgepack.plan import Plan
+    from edgepack.planning import Plan
     from edgepack.source import Source
     from edgepack.store import Entry, Store
     from edgepack.targets import Target
@@ -94,12 +95,14 @@ def export(shop: Workshop, source: Source, plan: Plan, stem: str) -> tuple[Entry
     with step(shop.listener, "export", f"{stem}.gguf", unit="bytes") as handle:
 
         def make(folder: Path) -> None:
+            before = _stamps(source)
             report = run(
                 "edgepack.gguf.convert:export",
                 arguments | {"folder": str(folder), "threads": shop.threads},
                 what="export to GGUF",
                 progress=handle.progress,
             )
+            _refuse_changed(source, before)
             (folder / "export.json").write_text(json.dumps(report, sort_keys=True), encoding="utf-8")
 
         entry = shop.store.step("export", keyed(inputs), make)
@@ -108,6 +111,25 @@ def export(shop: Workshop, source: Source, plan: Plan, stem: str) -> tuple[Entry
         size = sum(record.size for name, record in entry.files.items() if name.endswith(".gguf"))
         handle.outcome = f"{stem}.gguf  {size / 1e6:,.1f} MB, {report['bits_per_weight']:.3f} bits/weight"
     return entry, report
+
+
+def _stamps(source: Source) -> dict[str, tuple[int, int, int]]:
+    """Size, modification time and inode of every source file: cheap witnesses that nobody wrote to it meanwhile."""
+    places = {
+        name: source.path / name if source.path.is_dir() else source.path.with_name(name) for name in source.files
+    }
+    status = {name: place.stat() for name, place in places.items()}
+    return {name: (found.st_size, found.st_mtime_ns, found.st_ino) for name, found in status.items()}
+
+
+def _refuse_changed(source: Source, before: Mapping[str, tuple[int, int, int]]) -> None:
+    """What was exported must be what was hashed: a source that changes under the build is refused."""
+    changed = [name for name, stamp in _stamps(source).items() if stamp != before[name]]
+    if changed:
+        raise InputRefused(
+            f"{source.name}: {changed[0]} changed while the model was exported",
+            hint="Build again when nobody writes to it.",
+        )
 
 
 def _export_arguments(source: Source, plan: Plan, stem: str) -> dict[str, Any]:

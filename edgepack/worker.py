@@ -176,6 +176,7 @@ def child_environment(environment: Mapping[str, str], scratch: str) -> dict[str,
         "PYTHONPATH": os.pathsep.join(paths if root in paths else [root, *paths]),
         "TMPDIR": scratch,
         "HF_HUB_OFFLINE": "1",
+        "USE_HUB_KERNELS": "0",  # transformers: no code from a hub even where the `kernels` package is installed
         "TRANSFORMERS_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",

@@ -172,8 +172,8 @@ def _base_letters(text: str) -> str:
 
 def _next_line(tokenizer: Json, engine: Engine) -> Changes:
     if engine.model == "bert":
-        reason = "llama.cpp takes U+0085 for white space, the tokenizer drops it as a control character"
-        yield Difference(reason, tokenizer, lambda text: text.replace("\x85", " "))
+        reason = "llama.cpp takes U+000B, U+000C and U+0085 for white space, the tokenizer drops them as controls"
+        yield Difference(reason, tokenizer, lambda text: text.translate(dict.fromkeys((0x0B, 0x0C, 0x85), " ")))
 
 
 def _graphemes(tokenizer: Json, engine: Engine) -> Changes:

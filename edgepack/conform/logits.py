@@ -1,7 +1,7 @@
 """Proof that a float32 GGUF computes what its source does: transformers against llama.cpp on a few short texts.
 
 Both engines work in float32: transformers with eager attention, llama.cpp with a float32 key-value cache and without
-flash attention (its usual float16 cache rounds keys and values and moves log-probabilities by 1e-3). One after the
+flash attention (either one rounds keys and values to float16 and moves log-probabilities by 1e-2). One after the
 other, so that the model is in memory once. Every position counts, the first ones too: they do not depend on rotary
 embeddings or masks, so where the first difference is says what is wrong.
 

@@ -129,7 +129,7 @@ TRICKY = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(text=TRICKY)
 def test_the_canonical_spelling_splits_as_the_original(text: str) -> None:
     for spelling in SPELLINGS:
@@ -258,7 +258,7 @@ def test_the_template_file_wins_over_the_config(tmp_path: Path) -> None:
 def test_a_template_of_more_than_64_kib_is_refused(place: str, tmp_path: Path) -> None:
     text = "x" * (MAX_TEMPLATE_BYTES + 1)
     files: dict[str, Any] = {"tokenizer_config__json": {"chat_template": text}}
-    with pytest.raises(InputRefused, match="65,?536"):
+    with pytest.raises(InputRefused, match=r"65,?536"):
         keys(tmp_path, byte_level(), **(files if place == "config" else {"chat_template__jinja": text}))
 
 
@@ -356,7 +356,7 @@ def test_prefix_space_and_merges_without_scores_are_refused(tmp_path: Path) -> N
         "pre_tokenizer": None,
         "model": {"type": "BPE", "vocab": vocab, "merges": ["a b"], "byte_fallback": True, "unk_token": "<unk>"},
     }
-    with pytest.raises(InputRefused, match="llama.cpp can do one or the other"):
+    with pytest.raises(InputRefused, match=r"llama\.cpp can do one or the other"):
         keys(tmp_path, tokenizer)
     tokenizer["normalizer"] = spaces
     assert keys(tmp_path, tokenizer)["pre"] == "sarvam-moe"

@@ -103,7 +103,7 @@ def randomise(model: Any, generator: Any) -> None:
             if parameter.ndim == 1:
                 parameter.add_(0.3 * noise - (0.5 if "post_feedforward" in name else 0.0))
             elif "embed" in name or "wte" in name or "wpe" in name or "lm_head" in name:
-                parameter.copy_(noise * 0.15)
+                parameter.copy_(noise * 0.12)
             else:
                 parameter.copy_(noise * ((0.6 if _LAST.search(name) else 1.2) / parameter.shape[-1] ** 0.5))
 

@@ -14,7 +14,7 @@ from edgepack.toolchain import versions
 
 if TYPE_CHECKING:
     from edgepack.package import Package
-    from edgepack.plan import Plan
+    from edgepack.planning import Plan
     from edgepack.source import Source
 
 
