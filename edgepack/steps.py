@@ -168,10 +168,16 @@ def conform(shop: Workshop, source: Source, artifact: Path, artifact_sha256: str
 
     with step(shop.listener, "conform", "token ids and chat template", unit="texts") as handle:
         found, handle.cached = shop.remember("conform", {"artifact": artifact_sha256, "source": source.files}, compute)
-        handle.outcome = (
-            f"token ids equal on {found['tokens']['texts']} texts, chat ids equal on {found['chat']['chats']} chats"
-        )
+        handle.outcome = _conformance_in_words(found)
+        for difference in found["tokens"].get("differences", []):
+            shop.listener(Event("note", "conform", f"{difference['texts']} texts differ: {difference['reason']}"))
     return dict(found)
+
+
+def _conformance_in_words(found: Mapping[str, Any]) -> str:
+    tokens, chats = found["tokens"], found["chat"]["chats"]
+    equal = tokens.get("equal", tokens["texts"])
+    return f"token ids equal on {equal:,} of {tokens['texts']:,} texts, chat ids equal on {chats} chats"
 
 
 def samples(shop: Workshop, plan: Plan, artifact: Path, artifact_sha256: str) -> list[dict[str, Any]]:

@@ -83,17 +83,23 @@ def test_the_source_was_compared_with_transformers_itself(built: edgepack.Packag
     assert evidence["conformance"]["chat"]["chats"] >= 2
 
 
-def test_the_samples_in_the_package_are_what_the_artifact_says(built: edgepack.Package) -> None:
-    import llama_cpp
+GENERATE = """
+import json, sys, llama_cpp
+from edgepack.runtimes import amx
+with amx.refused():  # llama.cpp crashes on AMX tiles, see runtimes/amx.py
+    model = llama_cpp.Llama(sys.argv[1], n_ctx=256, n_threads=1, verbose=False)
+ids = json.loads(sys.argv[2])
+for token, _ in zip(model.generate(list(ids), temp=0), range(4)):
+    ids.append(token)
+print(ids[-4:])
+"""
 
+
+def test_the_samples_in_the_package_are_what_llama_cpp_python_generates(built: edgepack.Package) -> None:
     sample = json.loads((built.path / "evidence" / "samples.jsonl").read_text().splitlines()[0])
-    model = llama_cpp.Llama(str(built.artifact), n_ctx=256, n_threads=1, verbose=False)
-    ids = list(sample["prompt_ids"])
-    for token in model.generate(list(ids), temp=0):
-        ids.append(token)
-        if len(ids) == len(sample["prompt_ids"]) + 4:
-            break
-    assert ids[-4:] == sample["ids"][:4]
+    command = [sys.executable, "-c", GENERATE, str(built.artifact), json.dumps(sample["prompt_ids"])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == sample["ids"][:4]
 
 
 def test_a_second_identical_build_takes_under_two_seconds(
@@ -163,7 +169,7 @@ def test_a_package_validates_again_and_finds_its_source_by_itself(
     document = json.loads(answer.stdout)
     again = {row["name"]: row["value"] for row in document["measurements"]}
     assert again["mean_kld"] == pytest.approx(values(built)["mean_kld"], rel=1e-3)
-    assert again["ttft_ms_p90"] is None
+    assert (document["verdict"], answer.returncode) == ("incomplete", 0)  # speed is gated and was not measured
 
 
 def test_a_changed_package_is_refused_before_it_is_measured(built: edgepack.Package, tmp_path: Path) -> None:
@@ -223,7 +229,7 @@ def test_shards_on_request_are_one_model_for_llama_cpp(example: Path, tmp_path: 
         overrides=[*QUICK, "measure.latency=false", "delivery.shard_mb=2"],
     )
     files = sorted(path.name for path in (package.path / "model").iterdir())
-    assert files[0].endswith("-00001-of-00004.gguf") and len(files) == 4
+    assert len(files) >= 3 and files[0].endswith(f"-00001-of-{len(files):05d}.gguf")
     assert values(package)["mean_kld"] < 0.01
 
 

@@ -63,8 +63,9 @@ class Prompt:
 def memory_bytes(parameters: int, *, vocabulary: int = 262_144) -> int:
     """Memory the comparison needs at its peak, for a caller to decide whether to run it.
 
-    Weights in float32, an eighth more for tensors on their way from the file's type, the logits of both engines and
-    their float64 copies for a few rows, and 0.6 GB for torch and transformers themselves.
+    Weights in float32, an eighth more for tensors on their way from the file's type, the logits of both engines, and
+    0.6 GB for torch and transformers themselves. Measured on Llama shapes of 5M, 37M and 174M weights in bf16: 0.40,
+    0.60 and 1.44 GB resident, the mapped pages of the source (2 bytes per weight, reclaimable) included.
 
     Args:
         parameters: Weights of the model.

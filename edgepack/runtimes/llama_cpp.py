@@ -113,7 +113,11 @@ def _reason() -> str:
     """The first error llama.cpp reported since the last call: the innermost function speaks first. Forgets them all."""
     lines = [" ".join(line.split()) for line in "".join(_log_errors).splitlines() if line.strip()]
     _log_errors.clear()
-    return re.sub(r"^(?:\w+: )+(?:error loading model: )?", "", lines[0])[:400] if lines else "no reason given"
+    return (
+        re.sub(r"^(?:\w+: )+(?:error loading model: |failed to initialize the context: )?", "", lines[0])[:400]
+        if lines
+        else "no reason given"
+    )
 
 
 class Model:
@@ -248,12 +252,18 @@ class Model:
             capacity = -count
 
     def detokenize(self, ids: Sequence[int]) -> bytes:
-        """The bytes of the tokens, special ones written out; not always valid UTF-8: a token may end in mid-letter."""
-        tokens = (self._api.llama_token * len(ids))(*ids)
-        capacity = 16 * len(ids) + 16
+        """The bytes of the tokens, special ones written out; not always valid UTF-8: a token may end in mid-letter.
+
+        Piece by piece, as a text streams from a running model. llama.cpp's own `llama_detokenize` also drops spaces
+        in front of punctuation, which would not give the text back.
+        """
+        return b"".join(map(self._piece, ids))
+
+    def _piece(self, token: int) -> bytes:
+        capacity = 64
         while True:
             out = ctypes.create_string_buffer(capacity)
-            count = self._api.llama_detokenize(self._vocab, tokens, len(ids), out, capacity, False, True)
+            count = self._api.llama_token_to_piece(self._vocab, token, out, capacity, 0, True)
             if count >= 0:
                 return out.raw[:count]
             capacity = -count
@@ -499,6 +509,8 @@ def toolchain() -> dict[str, str]:
         "llama_cpp": api.llama_version().decode(),
         "system_info": api.llama_print_system_info().decode().strip(),
     }
+    if "AMX_INT8 = 1" in record["system_info"]:
+        record["amx"] = "compiled in, not used: see edgepack/runtimes/amx.py"
     with _ggml_base(Path(api.__file__).parent / "lib") as library:
         for key, symbol in {"ggml": "ggml_version", "llama_cpp_commit": "ggml_commit"}.items():
             function = getattr(library, symbol, None)

@@ -89,7 +89,7 @@ def test_another_models_source_is_a_difference(model: ModelSpec, tmp_path: Path)
 
 def test_a_file_llama_cpp_cannot_load_is_a_failed_step(model: ModelSpec, tmp_path: Path) -> None:
     short = replace(model, tensors=model.tensors[:-1])
-    with pytest.raises(StepError, match="llama.cpp can't load it"):
+    with pytest.raises(StepError, match=r"llama.cpp can't load it"):
         compare(short, tmp_path)
 
 

@@ -93,7 +93,7 @@ def test_windows_side_by_side_do_not_see_each_other(exact: Model) -> None:
 
 def test_a_sequence_longer_than_a_batch_is_decoded_in_pieces(exact: Model, f32: Path) -> None:
     ids = np.random.default_rng(1).integers(4, exact.vocab_size, 100).tolist()
-    with Model(f32, context=128, threads=2, batch=16, ubatch=16, kv_type="f32", flash_attention=False) as small:
+    with Model(f32, context=128, threads=1, batch=16, ubatch=16, kv_type="f32", flash_attention=False) as small:
         for first, stop in ((0, 100), (37, 99), (90, 91)):
             whole, pieces = exact.logits([ids], first, stop=stop), small.logits([ids, ids], first, stop=stop)
             assert pieces.shape == (2, stop - first, exact.vocab_size)
@@ -172,9 +172,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         Model(tmp_path / "none.gguf", threads=1)
 
 
-def test_a_context_that_does_not_fit_in_memory_is_a_step_error(f32: Path) -> None:
-    with pytest.raises(StepError, match="can't make a context of 2000000000 tokens"):
-        Model(f32, context=2_000_000_000, threads=1)
+def test_a_context_that_llama_cpp_refuses_is_a_step_error_in_its_words(f32: Path) -> None:
+    with pytest.raises(StepError, match=r"can't make a context of 5000 tokens: n_seq_max must be <= \d+"):
+        Model(f32, context=1, sequences=5000, threads=1)
 
 
 def test_loading_and_running_print_nothing(f32: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +225,7 @@ def test_an_artifact_describes_itself(q4: Path, f32: Path) -> None:
 def test_the_toolchain_names_versions_and_commit() -> None:
     found = toolchain()
     assert found["llama_cpp_python"] == bindings().__version__
-    assert set(found) == {"llama_cpp_python", "llama_cpp", "ggml", "llama_cpp_commit", "system_info"}
+    assert set(found) - {"amx"} == {"llama_cpp_python", "llama_cpp", "ggml", "llama_cpp_commit", "system_info"}
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def test_bindings_that_do_not_fit_their_library_are_refused() -> None:
         llama_context_default_params=lambda: real.llama_context_params(n_ctx=512, n_batch=512),
         llama_model_default_params=real.llama_model_default_params,
     )
-    with pytest.raises(MissingError, match="does not fit its llama.cpp library: n_batch is 512, expected 2048"):
+    with pytest.raises(MissingError, match=r"does not fit its llama.cpp library: n_batch is 512, expected 2048"):
         llama_cpp._check_structures(shifted)
 
 
