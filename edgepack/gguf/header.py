@@ -153,6 +153,18 @@ def _text(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
+def packed(metadata: Metadata) -> Metadata:
+    """The same metadata with every array in the form of the file: encoded once, however many headers are made of it."""
+    return {
+        key: Value(
+            value.type, PackedArray(value.element, len(value.value), _pack(value.element, value.value)), value.element
+        )
+        if value.element is not None and not isinstance(value.value, PackedArray)
+        else value
+        for key, value in metadata.items()
+    }
+
+
 def _encode(key: str, value: Value) -> bytes:
     """Type id(s) and bytes of one value."""
     try:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from edgepack.gguf.file import Metadata
+from edgepack.gguf.header import packed
 
 MICRO_BATCH = 512  # llama.cpp's default n_ubatch
 CACHE_PAD = 256  # cells are allocated in multiples of it (llama-context.cpp)
@@ -152,7 +153,8 @@ def describe(path: Path) -> ModelSpec:
     from edgepack.checkpoint import open_checkpoint
     from edgepack.gguf.architectures import describe_checkpoint
 
-    return describe_checkpoint(open_checkpoint(path))
+    model = describe_checkpoint(open_checkpoint(path))
+    return replace(model, metadata=packed(model.metadata))  # a plan makes a dozen headers of one vocabulary
 
 
 def names(tensors: Sequence[TensorSpec]) -> list[str]:
