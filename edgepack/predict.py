@@ -3,11 +3,13 @@
 Bytes are exact (the file is laid out, header and all). Memory and speed are estimates and say so: they are shown beside
 the measurement in every package, so that a user sees how far to trust them.
 
-    ram           = file + key-value cache + compute buffer + runtime
+    ram           = file + repacked copy + key-value cache + compute buffer + runtime
     ms per token  = bytes read per token / (bandwidth x efficiency) + overhead per layer
 
-Bytes read per token are the weights of every layer and the output matrix plus the key-value cache, not the embedding
-rows: those are looked up (a tied embedding is read whole, as the output matrix).
+llama.cpp maps the file and, on a CPU, keeps a second copy of the matrices whose type it has interleaved kernels for
+(ggml-cpu/repack.cpp): mapped pages count as resident although the system may drop them. Bytes read per token are the
+weights of every layer and the output matrix plus the key-value cache, not the embedding rows: those are looked up (a
+tied embedding is read whole, as the output matrix).
 """
 
 from __future__ import annotations
@@ -23,12 +25,16 @@ if TYPE_CHECKING:
 MB = 1_000_000
 
 # llama.cpp reserves its graph for a full micro-batch whose every position asks for logits (llama-context.cpp,
-# graph_reserve).
+# graph_reserve). Floats alive per token at the two widest points, output matrix and feed-forward, fitted to the sizes
+# llama.cpp reports for tiny-llama-5m, ref-llama-37m and a 1B model at contexts from 512 to 2048 (equal to 0.1 MiB).
 UBATCH = 512
-# Live activations at the widest point of a layer, in floats per token and row of its widest matrix.
-LIVE_ROWS = 2.5
-# llama.cpp's libraries, the vocabulary's tables and the process that drives them, measured on x86-64 Linux.
-RUNTIME_MB = 60
+# What a process that loads a model holds before: Python, numpy, llama.cpp's libraries (x86-64 Linux).
+RUNTIME_MB = 45
+# Types with interleaved kernels for AVX2, and for NEON with dot products (ggml_repack_get_optimal_repack_type).
+REPACKED = {
+    "x86_64": frozenset({"Q4_0", "Q4_K", "IQ4_NL", "MXFP4"}),
+    "arm64": frozenset({"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4"}),
+}
 # Time per layer and token that does not depend on bytes: graph dispatch and thread barriers (x86-64, 2 threads).
 OVERHEAD_MS_PER_LAYER = 0.04
 # Observed tokens/s lie between these factors of the estimate, over the published rows in docs/targets.md.
@@ -83,8 +89,8 @@ def predict(model: ModelSpec, layout: Layout, target: Target) -> Prediction:
     """
     context = effective_context(model, target)
     kv_bytes = 0 if model.embedding else model.kv_bytes(context)
-    compute = _compute_bytes(model)
-    ram = layout.total_bytes + kv_bytes + compute + RUNTIME_MB * MB
+    compute = _compute_bytes(model, context)
+    ram = layout.total_bytes + _repacked_bytes(layout, target) + kv_bytes + compute + RUNTIME_MB * MB
     speed = None if model.embedding else _decode_speed(model, layout, target, kv_bytes)
     return Prediction(
         artifact_bytes=layout.total_bytes,
@@ -102,12 +108,28 @@ def effective_context(model: ModelSpec, target: Target) -> int:
     return min(target.runtime.context, model.context_length)
 
 
-def _compute_bytes(model: ModelSpec) -> int:
-    shapes = {tensor.name: tensor.shape for tensor in model.tensors}
-    embedding = shapes.get("token_embd.weight", (0, 0))
-    widest = max((t.rows for t in model.tensors if t.name.startswith("blk.")), default=0)
-    vocabulary = 0 if model.embedding else embedding[0]
-    return int(UBATCH * 4 * (vocabulary + LIVE_ROWS * widest + 4 * embedding[1]))
+def _compute_bytes(model: ModelSpec, context: int) -> int:
+    rows = {tensor.name: tensor.rows for tensor in model.tensors}
+    width = _largest(model, "embedding_length")
+    vocabulary = 0 if model.embedding else rows.get("output.weight", rows.get("token_embd.weight", 0))
+    output = vocabulary + 2 * width
+    feed_forward = 4 * width + 3 * _largest(model, "feed_forward_length") + context / 2  # the mask, in half precision
+    return int(UBATCH * 4 * max(output, feed_forward))
+
+
+def _largest(model: ModelSpec, key: str) -> int:
+    """A size of the architecture; the largest where it differs between layers."""
+    value = model.metadata.get(f"{model.architecture}.{key}")
+    if value is None:
+        return 0
+    return int(max(value.value) if value.element is not None else value.value)
+
+
+def _repacked_bytes(layout: Layout, target: Target) -> int:
+    """The second copy of the matrices that the CPU reads interleaved; the embedding is looked up and stays as it is."""
+    types = REPACKED.get(target.device.arch, frozenset()) if target.device.accelerator == "none" else frozenset()
+    entries = (entry for shard in layout.shards for entry in shard.entries)
+    return sum(e.nbytes for e in entries if e.type.name in types and e.name != "token_embd.weight")
 
 
 def _decode_speed(model: ModelSpec, layout: Layout, target: Target, kv_bytes: int) -> float | None:
