@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgepack.errors import EdgepackError
+from edgepack.worker import Progress, no_progress
 
 # A build writes the artifact twice at most (store and package) and a float32 reference while it measures.
 LOW_DISK_GB = 10
@@ -68,8 +69,15 @@ def _ggml() -> str:
 def _runtime() -> str:
     from edgepack.worker import run
 
-    facts = run("edgepack.runtimes.llama_cpp:probe", {}, what="llama.cpp")
-    return ", ".join(f"{key} {value}" for key, value in facts.items())
+    facts = run("edgepack.doctor:load_runtime", {}, what="llama.cpp")
+    return ", ".join(f"{key} {value}" for key, value in facts.items() if key != "system_info")
+
+
+def load_runtime(*, progress: Progress = no_progress) -> dict[str, str]:
+    """Worker function: load llama.cpp and say which one it is."""
+    from edgepack.runtimes.llama_cpp import toolchain
+
+    return toolchain()
 
 
 def _kernels() -> Check:

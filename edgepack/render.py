@@ -168,7 +168,7 @@ def show_comparison(result: Mapping[str, Any]) -> None:
     """Print two artifacts side by side."""
     names = [result["a"]["name"], result["b"]["name"]]
     rows = [
-        (row["name"], *(_cell(row.get(side), row.get("unit", "")) for side in ("a", "b", "ratio")))
+        (row["name"], *(_cell(row.get(side), row.get("unit", "")) for side in ("a", "b")), _cell(row.get("ratio"), "1"))
         for row in result["rows"]
     ]
     console.emit_table(("measurement", f"A: {names[0]}", f"B: {names[1]}", "B / A"), rows)
