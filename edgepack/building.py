@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepack import source_index, steps
+from edgepack import source_index
 from edgepack.events import Listener, step
 from edgepack.measurement import Measurement
-from edgepack.store import Entry, Store
+from edgepack.planning import load_backend
+from edgepack.store import Store
 from edgepack.toolchain import versions
+from edgepack.workshop import Exported, Workshop, physical_cores, sha256
 
 if TYPE_CHECKING:
     from edgepack.package import Package
@@ -40,7 +42,8 @@ class Build:
         self.text = text
         self.listener = listener
         threads = plan.target.runtime.threads if plan.target.device.is_this_machine else 0
-        self.shop = steps.Workshop(Store(), listener, threads or steps.physical_cores())
+        self.shop = Workshop(Store(), listener, threads or physical_cores())
+        self.backend = load_backend(plan.format)
 
     def run(self, output: Path, *, force: bool) -> Package:
         """Run every step and publish the package at `output`.
@@ -49,41 +52,39 @@ class Build:
             UsageError: `output` exists and `force` is not set.
             StepError: A step failed; nothing is at `output` that was not there before.
         """
-        entry, report = steps.export(self.shop, self.source, self.plan, self._stem())
-        artifact, sha256 = _main_file(entry)
-        conformance = steps.conform(self.shop, self.source, artifact, sha256)
-        samples = steps.samples(self.shop, self.plan, artifact, sha256)
-        evidence = self._measure(artifact, sha256)
-        rows = self._judge(entry, report, evidence)
+        exported = self.backend.export(self.shop, self.source, self.plan, self._stem())
+        conformance = self.backend.conform(self.shop, self.source, self.plan, exported)
+        samples = self.backend.samples(self.shop, self.plan, exported)
+        evidence = self._measure(exported)
+        rows = self._judge(exported, evidence)
         with step(self.listener, "package", str(output)) as handle:
-            package = self._package(output, force, entry, report, conformance | evidence, rows, samples)
+            package = self._package(output, force, exported, conformance | evidence, rows, samples)
             handle.outcome = str(output)
         return package
 
     def _stem(self) -> str:
         return f"{self.source.name}-{self.plan.quantize}"
 
-    def _measure(self, artifact: Path, sha256: str) -> dict[str, Any]:
+    def _measure(self, exported: Exported) -> dict[str, Any]:
         plan, measure = self.plan, self.plan.target.measure
+        artifact, digest = exported.path, exported.digest
         found: dict[str, Any] = {"rows": []}
         if measure.fidelity:
-            fidelity = steps.fidelity(
-                self.shop, self.source, plan.target, artifact, sha256, self.text, parameters=plan.parameters
+            fidelity = self.backend.fidelity(
+                self.shop, self.source, plan.target, artifact, digest, self.text, parameters=plan.parameters
             )
-            found |= {"reference": fidelity["reference"], "logits": fidelity["logits"]}
+            found |= {name: fidelity[name] for name in ("logits", "reference") if name in fidelity}
             found["rows"] += fidelity["rows"]
         if measure.latency and plan.target.device.is_this_machine:
-            timed = steps.latency(self.shop, plan.target, artifact, sha256, plan.context)
-            found["rows"] += timed["rows"]
+            found["rows"] += self.backend.latency(self.shop, plan.target, artifact, digest, plan.context)["rows"]
         return found
 
-    def _judge(self, entry: Entry, report: Mapping[str, Any], evidence: Mapping[str, Any]) -> list[Measurement]:
+    def _judge(self, exported: Exported, evidence: Mapping[str, Any]) -> list[Measurement]:
         from edgepack.judgement import judged
 
-        size = sum(record.size for name, record in entry.files.items() if name.endswith(".gguf"))
         exact = [
-            Measurement("artifact_bytes", size, "bytes").as_json(),
-            Measurement("bits_per_weight", round(report["bits_per_weight"], 4), "1").as_json(),
+            Measurement("artifact_bytes", exported.size, "bytes").as_json(),
+            Measurement("bits_per_weight", round(exported.report["bits_per_weight"], 4), "1").as_json(),
         ]
         prediction = self.plan.prediction
         predicted: dict[str, float] = {
@@ -99,8 +100,7 @@ class Build:
         self,
         output: Path,
         force: bool,
-        entry: Entry,
-        report: Mapping[str, Any],
+        exported: Exported,
         evidence: Mapping[str, Any],
         rows: list[Measurement],
         samples: list[dict[str, Any]],
@@ -109,11 +109,10 @@ class Build:
         from edgepack.package import read_package, write_package
         from edgepack.publish import publish
 
-        plan, target = self.plan, self.plan.target
-        models = [name for name in entry.files if name.endswith(".gguf")]
+        plan, target, entry = self.plan, self.plan.target, exported.entry
 
         def place(folder: Path) -> None:
-            for name in models:
+            for name in exported.files:
                 self.shop.store.release(entry, name, folder / name)
 
         def write(folder: Path) -> None:
@@ -122,9 +121,9 @@ class Build:
                 name=self.source.name,
                 target=target,
                 source=self.source,
-                recipe=self._recipe(report),
-                toolchain=versions() | {"ggml": report["ggml"]},
-                runtime=self._runtime(),
+                recipe=self._recipe(exported),
+                toolchain=versions() | self.backend.toolchain(exported),
+                runtime=self.backend.runtime(plan),
                 measurements=rows,
                 measured_on=machine(),
                 plan=plan.as_json(),
@@ -132,7 +131,7 @@ class Build:
                 samples=samples,
                 conformance={name: evidence[name] for name in CONFORMANCE if name in evidence},
                 licences=licence_texts(self.source.path),
-                known_sha256={f"model/{name}": entry.files[name].sha256 for name in models},
+                known_sha256={f"model/{name}": entry.files[name].sha256 for name in exported.files},
             )
 
         published = publish(write, output, force=force)
@@ -140,7 +139,7 @@ class Build:
         source_index.remember(self.shop.store, self.source)
         return read_package(published)
 
-    def _recipe(self, report: Mapping[str, Any]) -> dict[str, Any]:
+    def _recipe(self, exported: Exported) -> dict[str, Any]:
         """Every option that shaped the artifact, with what came of it for each tensor."""
         quantize = self.plan.target.quantize
         return {
@@ -148,27 +147,14 @@ class Build:
             "quantize": self.plan.quantize,
             "chosen_by": self.plan.chosen_by,
             "overrides": dict(quantize.tensors),
-            "imatrix_sha256": steps.sha256(quantize.imatrix) if quantize.imatrix else None,
+            "imatrix_sha256": sha256(quantize.imatrix) if quantize.imatrix else None,
             "allow_nonfinite": quantize.allow_nonfinite,
-            "nonfinite": report["nonfinite"],
             "shard_mb": self.plan.target.delivery.shard_mb,
             "architecture": self.plan.architecture,
             "parameters": self.plan.parameters,
             "context": self.plan.context,
             "embedding": self.plan.embedding,
-            "types": report["types"],
-        }
-
-    def _runtime(self) -> dict[str, Any]:
-        runtime = self.plan.target.runtime
-        return {
-            "engine": runtime.engine,
-            "min_version": runtime.min_version,
-            "threads": runtime.threads,
-            "context": self.plan.context,
-            "gpu_layers": runtime.gpu_layers,
-            "embedding": self.plan.embedding,
-        }
+        } | self.backend.recipe(exported)
 
 
 def licence_texts(source: Path) -> dict[str, bytes]:
@@ -177,9 +163,3 @@ def licence_texts(source: Path) -> dict[str, bytes]:
         return {}
     found = sorted(path for path in source.iterdir() if path.name.upper().startswith(LICENCE_NAMES) and path.is_file())
     return {path.name: path.read_bytes() for path in found if path.stat().st_size <= LICENCE_BYTES}
-
-
-def _main_file(entry: Entry) -> tuple[Path, str]:
-    """The file llama.cpp opens: the only GGUF, or the first shard; and the digest that stands for all of them."""
-    shards = sorted(name for name in entry.files if name.endswith(".gguf"))
-    return entry.files[shards[0]].path, "+".join(entry.files[name].sha256 for name in shards)

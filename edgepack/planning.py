@@ -7,16 +7,15 @@ best candidate of the profile whose prediction meets every budget.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from edgepack.errors import BudgetError, UsageError
-from edgepack.predict import MB, Prediction, effective_context, predict
-from edgepack.toolchain import versions
+from edgepack.backend import Backend, Candidate, Described
+from edgepack.errors import BudgetError
+from edgepack.plugins import load
+from edgepack.predict import MB, Prediction
 
 if TYPE_CHECKING:
-    from edgepack.gguf.imatrix import Imatrix
-    from edgepack.gguf.model import ModelSpec
     from edgepack.source import Source
     from edgepack.targets import Target
 
@@ -52,23 +51,6 @@ class Miss:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One quantization with its prediction and the budgets it would miss."""
-
-    quantize: str
-    prediction: Prediction
-    misses: tuple[Miss, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """The candidate as it stands in `plan.json`."""
-        return {
-            "quantize": self.quantize,
-            **self.prediction.as_json(),
-            "misses": [{"budget": m.budget, "predicted": round(m.predicted, 1), "limit": m.limit} for m in self.misses],
-        }
-
-
-@dataclass(frozen=True)
 class Plan:
     """What `build` will do.
 
@@ -82,13 +64,13 @@ class Plan:
         architecture: llama.cpp's architecture name.
         parameters: Weights of the model.
         context: Tokens the key-value cache is sized for.
-        embedding: True for an embedder.
+        embedding: True for a model that gives vectors or labels.
         steps: Names of the steps, in order.
     """
 
     source: Source
     target: Target
-    format: Literal["gguf"]
+    format: str
     chosen: Candidate
     chosen_by: ChosenBy
     candidates: tuple[Candidate, ...]
@@ -145,60 +127,54 @@ def make_plan(source: Source, target: Target, *, format: str | None = None, quan
         InputRefused: The model can't be described.
         UsageError: An unknown preset or format.
     """
-    from edgepack.gguf.model import describe
-
-    model = describe(source.path)
-    _check_format(format or (target.format.encoder if model.embedding else target.format.decoder), format is not None)
-    imatrix = _imatrix(target)
+    chosen_format = format or (target.format.encoder if is_encoder(source) else target.format.decoder)
+    backend = load_backend(chosen_format)
+    described = backend.describe(source, target)
     asked = quantize or (None if target.quantize.default == "auto" else target.quantize.default)
-    if asked is not None:
-        chosen_by: ChosenBy = "command line" if quantize else "profile"
-        candidates = [_candidate(source, model, target, asked, imatrix)]
-        chosen = candidates[0]
-    else:
-        chosen_by = "budgets"
-        candidates = [_candidate(source, model, target, name, imatrix) for name in target.quantize.candidates]
-        feasible = [candidate for candidate in candidates if not candidate.misses]
-        if not feasible:
-            raise _nothing_fits(model, target, candidates)
-        chosen = feasible[0]
+    names = backend.names(described, target) if asked is None else (asked,)
+    candidates = [_checked(backend.candidate(described, source, target, name), target) for name in names]
+    feasible = [candidate for candidate in candidates if not candidate.misses]
+    if asked is None and not feasible:
+        raise _nothing_fits(described, target, candidates)
+    chosen_by: ChosenBy = "budgets" if asked is None else ("command line" if quantize else "profile")
     return Plan(
         source=source,
         target=target,
-        format="gguf",
-        chosen=chosen,
+        format=chosen_format,
+        chosen=candidates[0] if asked else feasible[0],
         chosen_by=chosen_by,
         candidates=tuple(candidates),
-        architecture=model.architecture,
-        parameters=model.parameters,
-        context=effective_context(model, target),
-        embedding=model.embedding,
+        architecture=described.architecture,
+        parameters=described.parameters,
+        context=described.context,
+        embedding=described.embedding,
         steps=_steps(target),
     )
 
 
-def gguf_keys(source: Source, quantize: str) -> dict[str, str]:
-    """Keys of edgepack's own in the file: what made it and from what (llama.cpp ignores keys it does not know)."""
-    keys = {"edgepack.version": versions()["edgepack"] or "unknown", "edgepack.quantize": quantize}
-    return keys | ({"edgepack.source_commit": source.commit} if source.commit else {})
+def load_backend(format: str) -> Backend:
+    """The module that serves a format.
+
+    Raises:
+        UsageError: No such format.
+    """
+    return cast("Backend", load("format", format))
 
 
-def _candidate(source: Source, model: ModelSpec, target: Target, quantize: str, imatrix: Imatrix | None) -> Candidate:
-    from edgepack.gguf.convert import plan_layout
-    from edgepack.gguf.presets import find_preset
-    from edgepack.gguf.values import string
+def is_encoder(source: Source) -> bool:
+    """True for a model that gives vectors or labels: judged by its class and its files, before a format is chosen."""
+    if source.path.is_file():
+        return False  # a GGUF stays one, whatever it holds
+    from edgepack.checkpoint import open_checkpoint
 
-    name = find_preset(quantize).name
-    layout = plan_layout(
-        model,
-        name,
-        overrides=dict(target.quantize.tensors),
-        imatrix=imatrix,
-        shard_bytes=target.delivery.shard_mb * MB if target.delivery.shard_mb else None,
-        extra_metadata={key: string(value) for key, value in gguf_keys(source, name).items()},
-    )
-    prediction = predict(model, layout, target)
-    return Candidate(name, prediction, tuple(_misses(prediction, target.limits())))
+    checkpoint = open_checkpoint(source.path)
+    classes = checkpoint.config.get("architectures") or [""]
+    generates = str(classes[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    return not generates or (source.path / "modules.json").is_file()
+
+
+def _checked(candidate: Candidate, target: Target) -> Candidate:
+    return replace(candidate, misses=tuple(_misses(candidate.prediction, target.limits())))
 
 
 def _misses(prediction: Prediction, limits: Mapping[str, Mapping[str, float]]) -> list[Miss]:
@@ -221,7 +197,7 @@ def _misses(prediction: Prediction, limits: Mapping[str, Mapping[str, float]]) -
     return found
 
 
-def _nothing_fits(model: ModelSpec, target: Target, candidates: list[Candidate]) -> BudgetError:
+def _nothing_fits(model: Described, target: Target, candidates: list[Candidate]) -> BudgetError:
     smallest = min(candidates, key=lambda candidate: candidate.prediction.artifact_bytes)
     misses = "; ".join(miss.sentence() for miss in smallest.misses)
     return BudgetError(
@@ -231,14 +207,14 @@ def _nothing_fits(model: ModelSpec, target: Target, candidates: list[Candidate])
     )
 
 
-def _what_would_fit(model: ModelSpec, target: Target, smallest: Candidate) -> str:
+def _what_would_fit(model: Described, target: Target, smallest: Candidate) -> str:
     """Advice from the smallest candidate: a shorter context where the cache is at fault, else a smaller model."""
     advice = []
     by_name = {miss.budget: miss for miss in smallest.misses}
     memory = by_name.get("peak_rss_mb")
     if memory is not None:
         spare = smallest.prediction.kv_mb - (memory.predicted - memory.limit)
-        context = effective_context(model, target)
+        context = model.context
         if spare > 0 and smallest.prediction.kv_mb > 0:
             shorter = int(context * spare / smallest.prediction.kv_mb) // 256 * 256
             if shorter >= 256:
@@ -260,25 +236,6 @@ def _room(miss: Miss) -> float:
 
 def _budget_key(measurement: str) -> str:
     return {"artifact_bytes": "disk_mb", "peak_rss_mb": "ram_mb"}.get(measurement, measurement)
-
-
-def _check_format(format: str, asked: bool) -> None:
-    if format == "gguf":
-        return
-    where = "--format" if asked else "the profile's [format]"
-    raise UsageError(
-        f"{where} asks for {format!r}, which this version does not write; it writes 'gguf'", hint="Pass --format gguf."
-    )
-
-
-def _imatrix(target: Target) -> Imatrix | None:
-    if target.quantize.imatrix is None:
-        return None
-    from pathlib import Path
-
-    from edgepack.gguf.imatrix import read_imatrix
-
-    return read_imatrix(Path(target.quantize.imatrix))
 
 
 def _steps(target: Target) -> tuple[str, ...]:

@@ -1,14 +1,14 @@
-"""What can be added to edgepack without changing it: (kind, name) -> "module:function".
+"""What can be added to edgepack without changing it: (kind, name) -> "module" or "module:function".
 
-A plug-in is a function; its module is imported when it is asked for. Built-in names stand in the table below, others
-come from entry points of the group `edgepack.<kind>`. A built-in name can't be taken by an entry point.
+A plug-in is a module or a function, imported when it is asked for. Built-in names stand in the table below, others come
+from entry points of the group `edgepack.<kind>`. A built-in name can't be taken by an entry point.
 
+    format    by its name: a module with the functions of `edgepack.backend.Backend`
     device    by the scheme of a URL: measure(package, device, *, overrides, listener) -> (rows, facts)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -16,7 +16,10 @@ from typing import Any
 
 from edgepack.errors import UsageError
 
-BUILT_IN = {("device", "ssh"): "edgepack.devices.ssh:measure"}
+BUILT_IN = {
+    ("device", "ssh"): "edgepack.devices.ssh:measure",
+    ("format", "gguf"): "edgepack.gguf.backend",
+}
 
 
 def names(kind: str) -> list[str]:
@@ -25,11 +28,11 @@ def names(kind: str) -> list[str]:
     return sorted(installed | {name for known, name in BUILT_IN if known == kind})
 
 
-def load(kind: str, name: str) -> Callable[..., Any]:
-    """Import one plug-in and give its function.
+def load(kind: str, name: str) -> Any:
+    """Import one plug-in and give its module or function.
 
     Args:
-        kind: `device`.
+        kind: `format` or `device`.
         name: As in the table or the entry point.
 
     Raises:
@@ -44,5 +47,4 @@ def load(kind: str, name: str) -> Callable[..., Any]:
         known = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(names(kind))}."
         raise UsageError(f"there is no {kind} {name!r}", hint=known)
     module, _, function = place.partition(":")
-    found: Callable[..., Any] = getattr(import_module(module), function)
-    return found
+    return getattr(import_module(module), function) if function else import_module(module)

@@ -9,14 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepack import plugins, steps
+from edgepack import plugins
 from edgepack.errors import InputRefused
 from edgepack.events import Event, Listener
 from edgepack.judgement import SPEED, judged
 from edgepack.measurement import Measurement, overall
+from edgepack.planning import load_backend
 from edgepack.store import Store
+from edgepack.workshop import Workshop, physical_cores
 
 if TYPE_CHECKING:
+    from edgepack.backend import Backend
     from edgepack.package import Package
     from edgepack.pipeline import Validation
     from edgepack.source import Source
@@ -42,7 +45,7 @@ def validate_package(
     package = _whole(path)
     target = packaged_target(package.manifest)
     target = with_overrides(target, overrides) if overrides else target
-    shop = steps.Workshop(Store(), listener, target.runtime.threads or steps.physical_cores(), fresh=True)
+    shop = Workshop(Store(), listener, target.runtime.threads or physical_cores(), fresh=True)
     rows = [row.as_json() for row in package.measurements if row.name in ("artifact_bytes", "bits_per_weight")]
     rows += _fidelity(shop, package, target, source, text)
     if device == "local":
@@ -70,9 +73,7 @@ def _whole(path: Path) -> Package:
     return read_package(path)
 
 
-def _fidelity(
-    shop: steps.Workshop, package: Package, target: Target, source: str | None, text: Path
-) -> list[dict[str, Any]]:
+def _fidelity(shop: Workshop, package: Package, target: Target, source: str | None, text: Path) -> list[dict[str, Any]]:
     if not target.measure.fidelity:
         return []
     found = _source(shop, package, source)
@@ -82,11 +83,11 @@ def _fidelity(
         )
         return []
     parameters = int(package.manifest["recipe"]["parameters"])
-    evidence = steps.fidelity(shop, found, target, package.artifact, "", text, parameters=parameters)
+    evidence = _backend(package).fidelity(shop, found, target, package.artifact, "", text, parameters=parameters)
     return list(evidence["rows"])
 
 
-def _source(shop: steps.Workshop, package: Package, asked: str | None) -> Source | None:
+def _source(shop: Workshop, package: Package, asked: str | None) -> Source | None:
     """The source the package was built from, proved by sha256; None when it is not here and was not named."""
     from edgepack import source_index
     from edgepack.source import hash_source, resolve
@@ -107,11 +108,11 @@ def _source(shop: steps.Workshop, package: Package, asked: str | None) -> Source
     )
 
 
-def _latency(shop: steps.Workshop, package: Package, target: Target, *, counts: bool) -> list[dict[str, Any]]:
+def _latency(shop: Workshop, package: Package, target: Target, *, counts: bool) -> list[dict[str, Any]]:
     if not target.measure.latency:
         return []
     context = int(package.manifest["recipe"]["context"])
-    rows = list(steps.latency(shop, target, package.artifact, "", context)["rows"])
+    rows = list(_backend(package).latency(shop, target, package.artifact, "", context)["rows"])
     return rows if counts else [_proxy(row) for row in rows]
 
 
@@ -121,6 +122,10 @@ def _proxy(row: dict[str, Any]) -> dict[str, Any]:
         return row
     note = f"{row['value']:.4g} {row['unit']} on this machine, which is not the target (--on-target if it is)"
     return Measurement(row["name"], None, row["unit"], measured_on=None, note=note).as_json()
+
+
+def _backend(package: Package) -> Backend:
+    return load_backend(str(package.manifest["recipe"]["format"]))
 
 
 def _is_embedding(package: Package) -> bool:

@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint, EntryPoints
 import pytest
 
 from edgepack import plugins
+from edgepack.backend import Backend
 from edgepack.errors import UsageError
 
 
@@ -18,9 +19,11 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugins, "entry_points", lambda **wanted: entries.select(**wanted))
 
 
-def test_every_built_in_names_a_function_that_exists() -> None:
+def test_every_built_in_device_is_a_function_and_every_format_has_the_functions_of_a_backend() -> None:
+    asked = {name for name in vars(Backend) if not name.startswith("_")}
     for kind, name in plugins.BUILT_IN:
-        assert callable(plugins.load(kind, name))
+        found = plugins.load(kind, name)
+        assert callable(found) if kind == "device" else asked <= set(vars(found))
 
 
 def test_asking_for_names_imports_nothing() -> None:

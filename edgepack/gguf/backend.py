@@ -1,29 +1,28 @@
-"""The steps of a build, functions of their inputs: each runs in a worker, keeps its result in the store, returns it.
+"""GGUF behind the pipeline: what can be planned, and each step of a build, for llama.cpp.
 
-A result is found again when source files, options, edgepack's own code and the toolchain are the same. Results that
-are files (the artifact) are store entries; results that are numbers are a `result.json` in one.
+Every step runs in a worker process, keeps its result in the store, and returns it. The functions are the contract of
+`edgepack/backend.py`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepack.errors import InputRefused
-from edgepack.events import Event, Listener, step
-from edgepack.planning import gguf_keys
-from edgepack.toolchain import code_digest, versions
+from edgepack.backend import Candidate, Described
+from edgepack.events import Event, step
+from edgepack.predict import MB, effective_context, predict
+from edgepack.toolchain import versions
 from edgepack.worker import Limits, run
+from edgepack.workshop import Exported, Workshop, available_memory_bytes, keyed, refuse_changed, sha256, stamps
 
 if TYPE_CHECKING:
+    from edgepack.gguf.imatrix import Imatrix
     from edgepack.planning import Plan
     from edgepack.source import Source
-    from edgepack.store import Entry, Store
     from edgepack.targets import Target
 
 # A chat template is a program from a stranger: chats render in milliseconds, starting the interpreter takes seconds.
@@ -32,62 +31,60 @@ TEMPLATE_LIMITS = Limits(wall_seconds=120, cpu_seconds=60, memory_bytes=8 << 30)
 MEMORY_SHARE = 0.7
 
 
-@dataclass(frozen=True)
-class Workshop:
-    """What every step needs: where results are kept and who is told.
+def describe(source: Source, target: Target) -> Described:
+    """The model as it would be written, from headers alone."""
+    from edgepack.gguf.model import describe as describe_model
 
-    Args:
-        store: The content-addressed store.
-        listener: Told about steps and progress.
-        threads: Threads to compute with.
-        fresh: Measure again whatever the store holds.
-    """
-
-    store: Store
-    listener: Listener
-    threads: int
-    fresh: bool = False
-
-    def remember(self, name: str, inputs: Mapping[str, Any], compute: Callable[[], Any]) -> tuple[Any, bool]:
-        """The result of `compute` for these inputs, from the store if it is there.
-
-        Returns:
-            The JSON value and whether it came from the store.
-        """
-        if self.fresh:
-            return compute(), False
-
-        def make(folder: Path) -> None:
-            (folder / "result.json").write_text(json.dumps(compute()), encoding="utf-8")
-
-        entry = self.store.step(name, keyed(inputs), make)
-        return json.loads((entry.files["result.json"].path).read_text(encoding="utf-8")), entry.cached
+    model = describe_model(source.path)
+    return Described(
+        architecture=model.architecture,
+        parameters=model.parameters,
+        context=effective_context(model, target),
+        embedding=model.embedding,
+        model=(model, _imatrix(target)),
+    )
 
 
-def keyed(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs of a step with all that may change its result without being one: code and versions."""
-    return dict(inputs) | {"code": code_digest(), "toolchain": versions()}
+def names(described: Described, target: Target) -> tuple[str, ...]:
+    """Presets to choose from, best first: the profile's."""
+    return target.quantize.candidates
 
 
-def physical_cores() -> int:
-    """Cores this process may run on, counting two hardware threads of one core once (Linux; elsewhere all CPUs)."""
-    try:
-        allowed = os.sched_getaffinity(0)
-    except AttributeError:
-        return os.cpu_count() or 1
-    siblings = set()
-    for cpu in allowed:
-        listing = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(listing.read_text().strip() if listing.is_file() else str(cpu))
-    return len(siblings) or 1
+def candidate(described: Described, source: Source, target: Target, quantize: str) -> Candidate:
+    """The exact layout at one preset, and what it is predicted to cost."""
+    from edgepack.gguf.convert import plan_layout
+    from edgepack.gguf.presets import find_preset
+    from edgepack.gguf.values import string
+
+    model, imatrix = described.model
+    name = find_preset(quantize).name
+    layout = plan_layout(
+        model,
+        name,
+        overrides=dict(target.quantize.tensors),
+        imatrix=imatrix,
+        shard_bytes=target.delivery.shard_mb * MB if target.delivery.shard_mb else None,
+        extra_metadata={key: string(value) for key, value in _own_keys(source, name).items()},
+    )
+    return Candidate(name, predict(model, layout, target))
 
 
-def export(shop: Workshop, source: Source, plan: Plan, stem: str) -> tuple[Entry, dict[str, Any]]:
-    """Write the artifact: one streaming pass from safetensors to the quantized GGUF.
+def _own_keys(source: Source, quantize: str) -> dict[str, str]:
+    """Keys of edgepack's own in the file: what made it and from what (llama.cpp ignores keys it does not know)."""
+    keys = {"edgepack.version": versions()["edgepack"] or "unknown", "edgepack.quantize": quantize}
+    return keys | ({"edgepack.source_commit": source.commit} if source.commit else {})
 
-    Returns:
-        The store entry that holds the files, and the worker's report: `files`, `types`, `bits_per_weight`, ...
-    """
+
+def _imatrix(target: Target) -> Imatrix | None:
+    if target.quantize.imatrix is None:
+        return None
+    from edgepack.gguf.imatrix import read_imatrix
+
+    return read_imatrix(Path(target.quantize.imatrix))
+
+
+def export(shop: Workshop, source: Source, plan: Plan, stem: str) -> Exported:
+    """Write the artifact: one streaming pass from safetensors to the quantized GGUF."""
     arguments = _export_arguments(source, plan, stem)
     imatrix = arguments["imatrix"]
     inputs = arguments | {"model": source.files, "imatrix": sha256(imatrix) if imatrix else None}
@@ -95,41 +92,23 @@ def export(shop: Workshop, source: Source, plan: Plan, stem: str) -> tuple[Entry
     with step(shop.listener, "export", f"{stem}.gguf", unit="bytes") as handle:
 
         def make(folder: Path) -> None:
-            before = _stamps(source)
+            before = stamps(source)
             report = run(
                 "edgepack.gguf.convert:export",
                 arguments | {"folder": str(folder), "threads": shop.threads},
                 what="export to GGUF",
                 progress=handle.progress,
             )
-            _refuse_changed(source, before)
+            refuse_changed(source, before)
             (folder / "export.json").write_text(json.dumps(report, sort_keys=True), encoding="utf-8")
 
         entry = shop.store.step("export", keyed(inputs), make)
         report = json.loads(entry.files["export.json"].path.read_text(encoding="utf-8"))
+        files = tuple(sorted(name for name in entry.files if name.endswith(".gguf")))
+        exported = Exported(entry, files, files[0], report)
         handle.cached = entry.cached
-        size = sum(record.size for name, record in entry.files.items() if name.endswith(".gguf"))
-        handle.outcome = f"{stem}.gguf  {size / 1e6:,.1f} MB, {report['bits_per_weight']:.3f} bits/weight"
-    return entry, report
-
-
-def _stamps(source: Source) -> dict[str, tuple[int, int, int]]:
-    """Size, modification time and inode of every source file: cheap witnesses that nobody wrote to it meanwhile."""
-    places = {
-        name: source.path / name if source.path.is_dir() else source.path.with_name(name) for name in source.files
-    }
-    status = {name: place.stat() for name, place in places.items()}
-    return {name: (found.st_size, found.st_mtime_ns, found.st_ino) for name, found in status.items()}
-
-
-def _refuse_changed(source: Source, before: Mapping[str, tuple[int, int, int]]) -> None:
-    """What was exported must be what was hashed: a source that changes under the build is refused."""
-    changed = [name for name, stamp in _stamps(source).items() if stamp != before[name]]
-    if changed:
-        raise InputRefused(
-            f"{source.name}: {changed[0]} changed while the model was exported",
-            hint="Build again when nobody writes to it.",
-        )
+        handle.outcome = f"{stem}.gguf  {exported.size / 1e6:,.1f} MB, {report['bits_per_weight']:.3f} bits/weight"
+    return exported
 
 
 def _export_arguments(source: Source, plan: Plan, stem: str) -> dict[str, Any]:
@@ -142,11 +121,11 @@ def _export_arguments(source: Source, plan: Plan, stem: str) -> dict[str, Any]:
         "shard_mb": target.delivery.shard_mb,
         "stem": stem,
         "allow_nonfinite": target.quantize.allow_nonfinite,
-        "extra_metadata": gguf_keys(source, plan.quantize),
+        "extra_metadata": _own_keys(source, plan.quantize),
     }
 
 
-def conform(shop: Workshop, source: Source, artifact: Path, artifact_sha256: str) -> dict[str, Any]:
+def conform(shop: Workshop, source: Source, plan: Plan, exported: Exported) -> dict[str, Any]:
     """Token ids and chat rendering of the artifact against its source.
 
     Returns:
@@ -158,7 +137,7 @@ def conform(shop: Workshop, source: Source, artifact: Path, artifact_sha256: str
     if source.kind == "gguf":
         note = "the source is a GGUF: its vocabulary and template are copied as they are"
         return {"tokens": {"texts": 0, "note": note}, "chat": {"chats": 0, "note": note}}
-    where = {"artifact": str(artifact), "source": str(source.path)}
+    where = {"artifact": str(exported.path), "source": str(source.path)}
 
     def compute() -> dict[str, Any]:
         return {
@@ -167,7 +146,7 @@ def conform(shop: Workshop, source: Source, artifact: Path, artifact_sha256: str
         }
 
     with step(shop.listener, "conform", "token ids and chat template", unit="texts") as handle:
-        found, handle.cached = shop.remember("conform", {"artifact": artifact_sha256, "source": source.files}, compute)
+        found, handle.cached = shop.remember("conform", {"artifact": exported.digest, "source": source.files}, compute)
         handle.outcome = _conformance_in_words(found)
         for difference in found["tokens"].get("differences", []):
             shop.listener(Event("note", "conform", f"{difference['texts']} texts differ: {difference['reason']}"))
@@ -180,13 +159,13 @@ def _conformance_in_words(found: Mapping[str, Any]) -> str:
     return f"token ids equal on {equal:,} of {tokens['texts']:,} texts, chat ids equal on {chats} chats"
 
 
-def samples(shop: Workshop, plan: Plan, artifact: Path, artifact_sha256: str) -> list[dict[str, Any]]:
+def samples(shop: Workshop, plan: Plan, exported: Exported) -> list[dict[str, Any]]:
     """Load the artifact in llama.cpp and keep what it says to fixed prompts."""
-    arguments = {"artifact": str(artifact), "embedding": plan.embedding, "threads": shop.threads}
-    with step(shop.listener, "samples", artifact.name, unit="prompts") as handle:
+    arguments = {"artifact": str(exported.path), "embedding": plan.embedding, "threads": shop.threads}
+    with step(shop.listener, "samples", exported.main, unit="prompts") as handle:
         found, handle.cached = shop.remember(
             "samples",
-            {"artifact": artifact_sha256, "threads": shop.threads},
+            {"artifact": exported.digest, "threads": shop.threads},
             lambda: run("edgepack.measure.samples:samples", arguments, what="first run", progress=handle.progress),
         )
         handle.outcome = f"loaded by llama.cpp, {len(found)} prompts"
@@ -194,7 +173,7 @@ def samples(shop: Workshop, plan: Plan, artifact: Path, artifact_sha256: str) ->
 
 
 def fidelity(
-    shop: Workshop, source: Source, target: Target, artifact: Path, artifact_sha256: str, text: Path, *, parameters: int
+    shop: Workshop, source: Source, target: Target, artifact: Path, digest: str, text: Path, *, parameters: int
 ) -> dict[str, Any]:
     """KL divergence, perplexity and agreement of the artifact with its source, both read by llama.cpp.
 
@@ -210,7 +189,7 @@ def fidelity(
         "window_tokens": target.measure.window_tokens,
         "threads": shop.threads,
     }
-    inputs = settings | {"artifact": artifact_sha256, "source": source.files, "text": sha256(text), "reference": kind}
+    inputs = settings | {"artifact": digest, "source": source.files, "text": sha256(text), "reference": kind}
 
     def compute() -> dict[str, Any]:
         with _reference(shop, source, kind) as reference:
@@ -230,7 +209,7 @@ def fidelity(
     return dict(found)
 
 
-def latency(shop: Workshop, target: Target, artifact: Path, artifact_sha256: str, context: int) -> dict[str, Any]:
+def latency(shop: Workshop, target: Target, artifact: Path, digest: str, context: int) -> dict[str, Any]:
     """Time to first token and decode rate (latency for an embedder), load time and peak memory on this machine."""
     measure = target.measure
     settings = {
@@ -246,7 +225,7 @@ def latency(shop: Workshop, target: Target, artifact: Path, artifact_sha256: str
     with step(shop.listener, "latency", f"{artifact.name}, {shop.threads} threads", unit="runs") as handle:
         found, handle.cached = shop.remember(
             "latency",
-            settings | {"artifact": artifact_sha256},
+            settings | {"artifact": digest},
             lambda: run(
                 "edgepack.measure.latency:latency",
                 settings | {"artifact": str(artifact)},
@@ -269,16 +248,6 @@ def reference_type(target: Target, source: Source, parameters: int) -> str:
     if target.measure.reference != "auto":
         return str(target.measure.reference)
     return "f32" if parameters * 4 < MEMORY_SHARE * available_memory_bytes() else "bf16"
-
-
-def available_memory_bytes() -> int:
-    """Memory that can be used without swapping (Linux MemAvailable; elsewhere half of the physical memory)."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 @contextmanager
@@ -348,8 +317,24 @@ def _latency_in_words(rows: list[Mapping[str, Any]]) -> str:
     return ", ".join(words.format(values[name]) for name, words in shown if values.get(name) is not None)
 
 
-def sha256(path: str | Path) -> str:
-    """The sha256 of a file, in hex."""
-    from edgepack.files import sha256_of
+def runtime(plan: Plan) -> dict[str, Any]:
+    """Load options for `runtime.json`."""
+    options = plan.target.runtime
+    return {
+        "engine": "llama.cpp",
+        "min_version": options.min_version,
+        "threads": options.threads,
+        "context": plan.context,
+        "gpu_layers": options.gpu_layers,
+        "embedding": plan.embedding,
+    }
 
-    return sha256_of(Path(path))
+
+def recipe(exported: Exported) -> dict[str, Any]:
+    """What came of the options, for the manifest."""
+    return {"types": exported.report["types"], "nonfinite": exported.report["nonfinite"]}
+
+
+def toolchain(exported: Exported) -> dict[str, Any]:
+    """What wrote the bytes, beyond Python packages."""
+    return {"ggml": exported.report["ggml"]}

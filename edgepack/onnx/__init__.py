@@ -1,0 +1,1 @@
+"""Export, quantize and check ONNX models for onnxruntime."""
