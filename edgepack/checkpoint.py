@@ -195,8 +195,8 @@ def _check_dtype(tensor: TensorInfo, path: Path) -> None:
         tensor.dtype[:2], tensor.dtype
     )
     raise InputRefused(
-        f"{path}: tensor {tensor.name} is {tensor.dtype}: a {what} checkpoint, and ggml takes float weights "
-        f"({', '.join(_FLOATS)})",
+        f"{path}: tensor {tensor.name} is {tensor.dtype}: {what} weights can't be converted, "
+        f"expected one of {', '.join(_FLOATS)}",
         hint=config_lint.ORIGINAL_HINT,
     )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from edgepack import console
-from edgepack.errors import BudgetError, EdgepackError, StepError, StorageError, UsageError
+from edgepack.errors import BudgetError, EdgepackError, StepError, UsageError
 
 if TYPE_CHECKING:
     from edgepack.events import Listener
@@ -23,7 +23,15 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived; unwinds like Ctrl-C does, so that workers are stopped and temporary folders removed."""
+    """SIGTERM or SIGHUP arrived; unwinds like Ctrl-C does: workers are stopped, temporary folders removed.
+
+    Args:
+        number: The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 # Shared options, one decorator each.
@@ -36,6 +44,12 @@ _set = click.option(
 )
 _format = click.option("--format", type=click.Choice(["gguf", "onnx"]), help="Instead of the profile's choice.")
 _quantize = click.option("--quantize", metavar="NAME", help="A preset such as Q4_K_M, instead of the best that fits.")
+_calibration = click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Importance matrix in llama-imatrix's GGUF form.",
+)
 _evaluation = click.option(
     "--evaluation", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure fidelity on."
 )
@@ -46,7 +60,7 @@ _verbose = click.option("-v", "--verbose", is_flag=True, help="More about each s
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=DOCS)
 @click.version_option(package_name="edgepack", message="edgepack %(version)s")
 def cli() -> None:
-    r"""From a Hugging Face model to a package a device can run and a release pipeline can trust.
+    """From a Hugging Face model to a package a device can run and a release pipeline can trust.
 
     \b
       edgepack build ./my-model -t laptop
@@ -70,12 +84,7 @@ def cli() -> None:
 @_format
 @_quantize
 @_set
-@click.option(
-    "--calibration",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Importance matrix in llama-imatrix's GGUF form.",
-)
+@_calibration
 @_evaluation
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
@@ -97,14 +106,14 @@ def build(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    r"""Shrink MODEL to fit a device, prove it, and package it.
+    """Shrink MODEL to fit a device, prove it, and package it.
 
     \b
       edgepack build ./my-model -t jetson -o dist/my-model-jetson
 
     MODEL is a Hugging Face folder, a hub id (org/name or org/name@revision), or a GGUF in F32, F16 or BF16.
     Exit status 3 means the package was built but misses the device's budget.
-    """  # fmt: skip
+    """
     from edgepack import pipeline, render
 
     overrides = _with_calibration(overrides, calibration)
@@ -131,12 +140,7 @@ def build(
 @_format
 @_quantize
 @_set
-@click.option(
-    "--calibration",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Importance matrix in llama-imatrix's GGUF form.",
-)
+@_calibration
 @_json
 def plan(
     model: str,
@@ -147,11 +151,11 @@ def plan(
     calibration: Path | None,
     as_json: bool,
 ) -> None:
-    r"""Say what build would do: size, memory and speed, before any work.
+    """Say what build would do: size, memory and speed, before any work.
 
     \b
       edgepack plan ./my-model -t jetson
-    """  # fmt: skip
+    """
     from edgepack import pipeline
 
     made = pipeline.plan(
@@ -181,11 +185,11 @@ def validate(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    r"""Measure PACKAGE again, here or on a device, and judge it against its target's budgets.
+    """Measure PACKAGE again, here or on a device, and judge it against its target's budgets.
 
     \b
       edgepack validate dist/my-model-jetson --device ssh://jetson.local
-    """  # fmt: skip
+    """
     from edgepack import pipeline, render
 
     with _steps(quiet, verbose) as listener:
@@ -205,7 +209,7 @@ def validate(
 @click.argument("package", type=click.Path(path_type=Path))
 @_json
 def verify(package: Path, as_json: bool) -> None:
-    r"""Check that every byte of PACKAGE is what its manifest says. Needs nothing but the folder.
+    """Check that every byte of PACKAGE is what its manifest says. Needs nothing but the folder.
 
     \b
       edgepack verify dist/my-model-jetson
@@ -228,7 +232,7 @@ def verify(package: Path, as_json: bool) -> None:
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @_json
 def inspect(path: Path, tensors: bool, as_json: bool) -> None:
-    r"""Say what is in PATH: a checkpoint folder, a GGUF file or a package.
+    """Say what is in PATH: a checkpoint folder, a GGUF file or a package.
 
     \b
       edgepack inspect model.gguf
@@ -262,11 +266,11 @@ def compare(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    r"""Put two artifacts of one model side by side: size, fidelity, speed.
+    """Put two artifacts of one model side by side: size, fidelity, speed.
 
     \b
       edgepack compare a.gguf b.gguf --evaluation text.txt
-    """  # fmt: skip
+    """
     from edgepack import pipeline, render
 
     with _steps(quiet, False) as listener:
@@ -351,42 +355,49 @@ def run(argv: list[str]) -> int:
     """
     as_json = "--json" in argv
     debug = bool(os.environ.get("EDGEPACK_DEBUG"))
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
+            signal.signal(number, _terminate)
     try:
-        cli.main(args=argv, prog_name="edgepack", standalone_mode=False)
+        status = cli.main(args=argv, prog_name="edgepack", standalone_mode=False)
+        return status if isinstance(status, int) else 0
     except SystemExit as stop:
         return int(stop.code or 0) if not isinstance(stop.code, str) else 1
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.ClickException as error:
-        console.emit_error(_usage_error(error), as_json=as_json)
+    except click.exceptions.NoArgsIsHelpError as error:
+        console.emit_note(error.ctx.get_help())  # type: ignore[union-attr]
         return UsageError.exit_code
+    except click.ClickException as error:
+        return _fail(_usage_error(error), as_json)
     except EdgepackError as error:
         if debug:
             raise
-        console.emit_error(error, as_json=as_json)
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        console.emit_note("edgepack: interrupted; finished steps are kept, run the same command to go on")
-        return 130
-    except Terminated:
-        console.emit_note("edgepack: terminated; finished steps are kept, run the same command to go on")
-        return 143
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _fail(error, as_json)
+    except click.Abort:  # what click makes of Ctrl-C
+        return _fail(_interrupted("interrupted"), as_json, 128 + signal.SIGINT)
+    except Terminated as stop:
+        return _fail(_interrupted("terminated"), as_json, 128 + stop.number)
     except Exception as error:
         if debug:
             raise
-        console.emit_error(_unexpected(error), as_json=as_json)
-        return 1
+        return _fail(_unexpected(error), as_json)
     finally:
-        signal.signal(signal.SIGTERM, previous)
-    return 0
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _terminate(number: int, frame: object) -> None:
-    raise Terminated
+    raise Terminated(number)
+
+
+def _fail(error: EdgepackError, as_json: bool, status: int | None = None) -> int:
+    status = error.exit_code if status is None else status
+    console.emit_error(error, as_json=as_json, status=status)
+    return status
+
+
+def _interrupted(how: str) -> EdgepackError:
+    return EdgepackError(how, hint="Finished steps are kept: run the same command to go on.")
 
 
 def _usage_error(error: click.ClickException) -> UsageError:
@@ -397,7 +408,9 @@ def _usage_error(error: click.ClickException) -> UsageError:
 
 def _unexpected(error: Exception) -> EdgepackError:
     if isinstance(error, OSError):
-        return StorageError(f"{error.strerror or error}: {error.filename or 'file system'}")
+        from edgepack.files import storage_error
+
+        return storage_error(error)
     if isinstance(error, MemoryError):
         return StepError(
             "out of memory", hint="Close other programs, or lower runtime.context and measure.windows with --set."

@@ -16,9 +16,9 @@ from typing import Any
 from edgepack.errors import UsageError
 from edgepack.events import Listener, silent, step
 from edgepack.gguf.file import GgufFile, read_gguf_shards
-from edgepack.steps import physical_cores
 from edgepack.text import WINDOW_TOKENS
 from edgepack.worker import run
+from edgepack.workshop import physical_cores
 
 # One turn of the speed comparison: a prompt and an answer as in the built-in profiles, five counted turns of each.
 SPEED = {"prompt_tokens": 128, "decode_tokens": 64, "repetitions": 5}

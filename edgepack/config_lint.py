@@ -167,4 +167,4 @@ def _check_implementation(value: Any, place: str) -> None:
 def _check_bounds(value: Any, low: int, high: int, place: str) -> None:
     for item in value if isinstance(value, list) else [value]:
         if type(item) is not int or not low <= item <= high:
-            raise InputRefused(f"{place} must be a whole number from {low} to {high}, found {str(item)[:40]}")
+            raise InputRefused(f"{place} must be a whole number from {low} to {high}, found {repr(item)[:40]}")

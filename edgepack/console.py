@@ -6,6 +6,7 @@ Progress bars appear only when stderr is a terminal. Colour obeys NO_COLOR and T
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,18 +25,29 @@ SCHEMA_VERSION = 1
 def emit_json(document: Mapping[str, Any]) -> None:
     """Print one JSON document on stdout, `schema_version` first."""
     body = {"schema_version": SCHEMA_VERSION} | dict(document)
-    sys.stdout.write(json.dumps(body, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    emit_text(json.dumps(body, ensure_ascii=False, indent=2, allow_nan=False))
 
 
 def emit_text(text: str) -> None:
-    """Print text on stdout as it is."""
-    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    """Print text on stdout as it is, at once: a full disk or a closed pipe is an error here, not at exit."""
+    try:
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit, and would complain
+        raise
 
 
-def emit_error(error: EdgepackError, *, as_json: bool) -> None:
-    """Print an error: one line and its hint on stderr; with `as_json` also one document on stdout."""
+def emit_error(error: EdgepackError, *, as_json: bool, status: int) -> None:
+    """Print an error: one line and its hint on stderr; with `as_json` also one document on stdout.
+
+    Args:
+        error: What went wrong.
+        as_json: Whether stdout gets a document.
+        status: The exit status that the command ends with.
+    """
     if as_json:
-        emit_json({"error": error.as_json()})
+        emit_json({"error": error.as_json() | {"exit_code": status}})
     sys.stderr.write(f"edgepack: error: {one_line(error.message)}\n")
     if error.hint:
         sys.stderr.write(f"  {one_line(error.hint)}\n")
@@ -67,7 +79,9 @@ def emit_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
     console = Console(file=sys.stdout, highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 160
-    console.print(table)
+    with console.capture() as printed:
+        console.print(table)
+    emit_text(printed.get())
 
 
 def _fill(table: Table, rows: Sequence[Sequence[str]]) -> None:

@@ -232,7 +232,7 @@ def _compare_embeddings(prompts: Sequence[Prompt], theirs: Sequence[Floats], our
             raise ConformanceError(
                 f"embeddings: text {number} ({prompt.text[:32]!r}): cosine {cosine:.6f} between transformers and "
                 f"llama.cpp; expected at least {MIN_COSINE}",
-                hint="pooling, positions or weights differ; please report the model",
+                hint="Pooling, positions or weights differ; please report the model.",
             )
         cosines.append(cosine)
         largest = max(largest, float(np.abs(a - b).max()))

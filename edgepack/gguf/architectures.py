@@ -188,7 +188,7 @@ def _output(
     if not tied and not present and not embedder:
         raise InputRefused(
             f"{checkpoint.path.name}: no {name}, and tie_word_embeddings is false: a model without an output matrix",
-            hint="an embedder needs modules.json and the pooling it names; a language model its whole checkpoint",
+            hint="An embedder needs modules.json and the pooling it names; a language model its whole checkpoint.",
         )
     if architecture.output == "tied" and not tied:
         raise InputRefused(

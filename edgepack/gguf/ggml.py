@@ -38,7 +38,7 @@ ABORTS_WITHOUT_IMATRIX = frozenset({"IQ2_XXS", "IQ2_XS", "IQ1_S"})
 QUANTIZATION_VERSION = 2
 
 _LIBRARY_NAMES = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
-_INSTALL_HINT = "install it with: pip install 'llama-cpp-python>=0.3.36,<0.4'"
+_INSTALL_HINT = "Install it with: pip install 'llama-cpp-python>=0.3.36,<0.4'"
 
 
 def library_path() -> Path:
@@ -127,7 +127,7 @@ def quantize_rows(
         raise ValueError(f"rows must be float32 [n, width] and contiguous, not {rows.dtype} {rows.shape}")
     count, width = rows.shape
     if kind.name not in QUANTIZABLE:
-        raise UsageError(f"ggml can't quantize to {kind.name}", hint=f"types: {', '.join(QUANTIZABLE)}")
+        raise UsageError(f"ggml can't quantize to {kind.name}", hint=f"Types: {', '.join(QUANTIZABLE)}")
     if width % kind.block:
         raise UsageError(f"width {width} is not a multiple of {kind.block}, the block of {kind.name}")
     if kind.name in ABORTS_WITHOUT_IMATRIX and imatrix is None:

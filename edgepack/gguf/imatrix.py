@@ -24,7 +24,7 @@ from edgepack.gguf.file import GgufFile, TensorEntry, read_gguf
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _REQUIRED = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
 _READ_BYTES = 1 << 20
-_HINT = "llama-imatrix writes one; an old .dat file converts with: llama-imatrix --in-file old.dat -o new.gguf"
+_HINT = "llama-imatrix writes one. An old .dat file converts with: llama-imatrix --in-file old.dat -o new.gguf"
 
 
 @dataclass(frozen=True)

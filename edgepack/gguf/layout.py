@@ -191,16 +191,16 @@ def _check_importance(
             raise InputRefused(
                 f"the importance matrix has {imatrix.values[tensor.name].size} values for {tensor.name}, expected "
                 f"{tensor.width * _experts(tensor.shape)}",
-                hint="it was made for another model",
+                hint="It was made for another model.",
             )
         if needs_imatrix(tensor.name, kind, recipe):
             raise InputRefused(
                 f"the importance matrix has no values for {tensor.name}, which {kind.name} can't be quantized without",
-                hint="gather it over more text, or give the tensor another type (quantize.tensors)",
+                hint="Gather it over more text, or give the tensor another type with --set quantize.tensors.<name>=TYPE.",
             )
         bare.append(tensor.name)
     if not any(tensor.name in imatrix.values for tensor in model.tensors):
-        raise InputRefused("the importance matrix names no tensor of this model", hint="it was made for another model")
+        raise InputRefused("the importance matrix names no tensor of this model", hint="It was made for another model.")
     return tuple(bare)
 
 
@@ -220,11 +220,11 @@ def _shards(metadata: Metadata, table: _Table, shard_bytes: int | None) -> tuple
     if len(header) >= shard_bytes:
         raise UsageError(
             f"shards of {shard_bytes} bytes can't hold the header of {len(header)} bytes",
-            hint="raise delivery.shard_mb",
+            hint="Raise delivery.shard_mb.",
         )
     groups = _groups(metadata, table, shard_bytes)
     if len(groups) > MAX_SHARDS:
-        raise UsageError(f"{len(groups)} shards, a split GGUF has {MAX_SHARDS} at most", hint="raise delivery.shard_mb")
+        raise UsageError(f"{len(groups)} shards, a split GGUF has {MAX_SHARDS} at most", hint="Raise delivery.shard_mb.")
     shards = []
     for number, group in enumerate(groups):
         split = _split_keys(number, len(groups), len(table))

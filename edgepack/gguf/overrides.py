@@ -51,7 +51,7 @@ def match_overrides(
             if rival and _literal(rival[0]) == _literal(pattern) and rival[1] != kind:
                 raise UsageError(
                     f"overrides {rival[0]!r} ({rival[1].name}) and {pattern!r} ({kind.name}) both select {name}",
-                    hint="make one of them longer: the most literal pattern wins",
+                    hint="Make one of them longer: the most literal pattern wins.",
                 )
             if not rival or _literal(pattern) > _literal(rival[0]):
                 chosen[name] = (pattern, kind)
@@ -77,7 +77,7 @@ def _refuse_idle(pattern: str, quantizable: Sequence[str], names: Sequence[str])
     if kept:
         raise UsageError(
             f"override {pattern!r} selects only tensors that stay F32, such as {kept[0]}",
-            hint="norms, biases and position tables are never quantized",
+            hint="Norms, biases and position tables are never quantized.",
         )
     roles = {part for name in quantizable for part in name.split(".")[-2:-1]}
     blocks = {".".join(name.split(".")[:2]) for name in quantizable if name.startswith("blk.")}

@@ -44,7 +44,7 @@ def read_pooling(checkpoint: Checkpoint) -> str | None:
         if kind not in _STEPS:
             raise InputRefused(
                 f"modules.json: step {kind!r} can't be kept in a GGUF; expected {', '.join(_STEPS)}",
-                hint="what the step does to the vectors would be lost",
+                hint="What the step does to the vectors would be lost.",
             )
         if kind == "Pooling":
             folder = str(step.get("path", ""))

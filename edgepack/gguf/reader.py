@@ -131,7 +131,7 @@ def read_gguf_shards(path: Path) -> tuple[GgufFile, ...]:
     if match is None or int(match["count"]) != count:
         raise InputRefused(
             f"{shown(path)}: one of {count} shards, but its name does not end in -00001-of-{count:05d}.gguf",
-            hint="give the shards their original names",
+            hint="Give the shards their original names.",
         )
     shards = [
         _shard(path.with_name(f"{match['stem']}-{i + 1:05d}-of-{count:05d}.gguf"), i, count) for i in range(count)
@@ -151,7 +151,7 @@ def read_gguf_shards(path: Path) -> tuple[GgufFile, ...]:
 def _shard(path: Path, number: int, count: int) -> GgufFile:
     if not path.exists():
         raise InputRefused(
-            f"{shown(path)}: shard {number + 1} of {count} is missing", hint="all shards belong in one folder"
+            f"{shown(path)}: shard {number + 1} of {count} is missing", hint="All shards belong in one folder."
         )
     shard = read_gguf(path)
     found = (shard.get("split.no", 0), shard.get("split.count", 1))

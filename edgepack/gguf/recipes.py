@@ -192,7 +192,7 @@ def _refuse_without_imatrix(recipe: Preset, types: Mapping[str, GgmlType]) -> No
             without = ", ".join(p.name for p in PRESETS.values() if not p.needs_imatrix)
             raise UsageError(
                 f"{recipe.name} needs an importance matrix: {name} would be {kind.name}",
-                hint=f"give one (quantize.imatrix, a file of llama-imatrix), or use one of {without}",
+                hint=f"Give one with --calibration (a GGUF file of llama-imatrix), or use one of {without}.",
             )
 
 

@@ -224,7 +224,7 @@ class _Run:
         if not valid_rows(kind, data):
             raise InputRefused(
                 f"{tensor.name} ({tensor.source}) can't be {kind.name}: the result holds a value that is not finite",
-                hint="weights beyond the range of the type need BF16 or F32; NaN and infinite ones can't be kept",
+                hint="Weights beyond the range of the type need BF16 or F32; NaN and infinite ones can't be kept.",
             )
         with _storage(chunk.path):
             _write_all(chunk.descriptor, data.data, chunk.data_start + chunk.entry.offset + chunk.start * row)
@@ -266,7 +266,7 @@ def _nonfinite_error(tensor: TensorSpec) -> InputRefused:
     bad = sum(count_nonfinite(tensor.read(start, min(start + step, tensor.rows))) for start in starts)
     return InputRefused(
         f"{tensor.name} ({tensor.source}): {bad} of {tensor.parameters} weights are NaN or infinite",
-        hint="the checkpoint is damaged or diverged; quantize.allow_nonfinite=true writes it as far as ggml accepts it",
+        hint="The checkpoint is damaged or diverged; --set quantize.allow_nonfinite=true writes it as far as ggml accepts it.",
     )
 
 
@@ -305,9 +305,10 @@ def _storage(path: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except FileExistsError as error:
-        raise UsageError(f"{path} exists", hint="choose another name or remove it") from error
+        raise UsageError(f"{path} exists", hint="Choose another name, or remove it.") from error
     except OSError as error:
-        what = f"{path}: {error.strerror}"
+        reason = error.strerror or str(error)
+        what = f"{path}: {reason[:1].lower()}{reason[1:]}"
         if needed is not None:
             what += f" (needs {needed:,} bytes, {shutil.disk_usage(path.parent).free:,} free)"
-        raise StorageError(what, hint="free space, or choose another folder with -o") from error
+        raise StorageError(what, hint="Free space there, or set EDGEPACK_CACHE to a folder that has more.") from error

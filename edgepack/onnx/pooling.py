@@ -117,7 +117,8 @@ def _pooling(checkpoint: Checkpoint, folder: str) -> Step:
     settings = _settings(checkpoint, folder)
     modes = settings.get("pooling_mode")
     if modes is None:
-        modes = [mode for flag, mode in _FLAGS.items() if settings.get(flag)]
+        # Mean is on unless it is switched off: the default of Pooling's constructor.
+        modes = [mode for flag, mode in _FLAGS.items() if settings.get(flag, mode == "mean")]
     modes = [modes] if isinstance(modes, str) else list(modes)
     unknown = [mode for mode in modes if mode not in _FLAGS.values()]
     if unknown or not modes:
@@ -230,17 +231,9 @@ def _weighted(tokens: Any, weights: Any, *, root: bool = False) -> Any:
     return (tokens * weights).sum(1) / (total.sqrt() if root else total)
 
 
-def _cls(tokens: Any, mask: Any) -> Any:
-    """The first token that is none of the padding: padding may be on the left."""
-    return _take(tokens, mask.argmax(1))
-
-
 def _last(tokens: Any, mask: Any) -> Any:
-    """The last token that is none of the padding; the first position where all are."""
-    return _take(tokens, (mask * _positions(mask)).argmax(1))
-
-
-def _take(tokens: Any, index: Any) -> Any:
+    """The last token that is none of the padding, on whichever side that is."""
+    index = (mask * _positions(mask)).argmax(1)
     return tokens.gather(1, index[:, None, None].expand(-1, 1, tokens.shape[2])).squeeze(1)
 
 
@@ -255,7 +248,7 @@ def _positions(mask: Any) -> Any:
 
 
 _POOL: Mapping[str, Callable[[Any, Any], Any]] = {
-    "cls": _cls,
+    "cls": lambda tokens, mask: tokens[:, 0],
     "max": _max,
     "mean": lambda tokens, mask: _weighted(tokens, mask),
     "mean_sqrt_len_tokens": lambda tokens, mask: _weighted(tokens, mask, root=True),

@@ -10,6 +10,7 @@ Element types and their fields: onnx 1.23 `onnx/onnx.proto`, TensorProto. Knows 
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -27,8 +28,10 @@ MAX_FILES = 16  # of external data; one is usual, exporters shard at 2 GB or mor
 EXTERNAL = 1  # TensorProto.DataLocation
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}")
-_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d|conin\$|conout\$)(\..*)?")  # names of devices on Windows
-_NUMBER = re.compile(r"\d{1,18}")
+_RESERVED = re.compile(
+    r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9]|conin\$|conout\$)(\..*)?"
+)  # names of devices on Windows
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _KEYS = {"location", "offset", "length", "checksum"}  # onnx.proto, TensorProto.external_data
 
 
@@ -273,7 +276,7 @@ def open_regular(name: str, folder: int, where: str, *, keep: bool = False) -> t
         # O_NONBLOCK: a FIFO must not hang the open.
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except OSError as error:
-        reason = "is a symbolic link" if error.errno in (40, 62) else (error.strerror or str(error)).lower()
+        reason = "is a symbolic link" if error.errno == errno.ELOOP else (error.strerror or str(error)).lower()
         raise InputRefused(f"{where}: {reason}; expected a regular file") from None
     status = os.fstat(descriptor)
     sound = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
@@ -283,7 +286,7 @@ def open_regular(name: str, folder: int, where: str, *, keep: bool = False) -> t
         raise InputRefused(f"{where}: not a regular file")
     if status.st_nlink != 1:
         raise InputRefused(
-            f"{where}: has {status.st_nlink} hard links, expected one: the same bytes stand elsewhere under another name",
+            f"{where}: has {status.st_nlink} hard links, expected one: its bytes have another name elsewhere",
             hint="Copy the file, or remove its other name.",
         )
     return descriptor, status

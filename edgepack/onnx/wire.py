@@ -302,6 +302,8 @@ class Reader:
     def _varint(self, at: int, end: int) -> tuple[int, int]:
         """The number at `at`, and the place after it."""
         index = at - self._base
+        if 0 <= index < len(self._data) and at < end and self._data[index] < 128:  # nearly all of them
+            return self._data[index], at + 1
         whole = self._base + len(self._data) == self.size  # nothing follows what is in memory
         if index < 0 or index >= len(self._data) or (index + 10 > len(self._data) and not whole):
             self._data, self._base, index = os.pread(self.descriptor, _PIECE, at), at, 0

@@ -12,112 +12,32 @@ texts or measurements.
 from __future__ import annotations
 
 import ctypes
-import functools
-import os
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from edgepack.errors import MissingError, StepError, UsageError
+from edgepack.errors import StepError, UsageError
 from edgepack.runtimes import amx
+from edgepack.runtimes.llama_bindings import (
+    BATCH,
+    KV_TYPES,
+    MICRO_BATCH,
+    bindings,
+    forget_errors,
+    reason,
+    toolchain,
+)
 
-MINIMUM_VERSION = (0, 3, 36)  # the first release with llama.cpp commit 0c1e570; older loaders have memory bugs
-INSTALL_HINT = "pip install 'llama-cpp-python>=0.3.36,<0.4'"
+__all__ = ["BATCH", "MICRO_BATCH", "Artifact", "Model", "bindings", "describe_artifact", "toolchain"]
 
-BATCH = 2048  # tokens handed over at once: default of llama-bench and llama-perplexity (common_params.n_batch)
-MICRO_BATCH = 512  # tokens computed at once: same defaults (common_params.n_ubatch)
-
-_KV_TYPES = {"f32": 0, "f16": 1}  # ggml.h, enum ggml_type
 _POOLING_NONE, _POOLING_RANK = 0, 4  # llama.h, enum llama_pooling_type
-_LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml.h, enum ggml_log_level: NONE 0, DEBUG 1, INFO 2, WARN 3, ERROR 4, CONT 5
 
 Floats = npt.NDArray[np.float32]
-
-
-@functools.cache
-def bindings() -> ModuleType:
-    """The checked `llama_cpp` module, with llama.cpp's log turned off.
-
-    Returns:
-        `llama_cpp`, whose structures have been compared with the library's own defaults.
-
-    Raises:
-        MissingError: Not installed, too old, its library can't be loaded, or library and bindings do not fit together.
-    """
-    # Read by GNU OpenMP when llama.cpp loads it: how long threads that wait for each other spin before they sleep. Its
-    # default is longer than a time slice, which on a shared machine costs up to five times the CPU time for the same
-    # work (two threads on two cores, two other busy processes); prompts and windows lose nothing by sleeping early.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    try:
-        import llama_cpp
-    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: the shared library did not load
-        raise MissingError(f"llama-cpp-python can't be used: {error}", hint=INSTALL_HINT) from None
-    found = tuple(int(part) for part in re.findall(r"\d+", llama_cpp.__version__)[:3])
-    if found < MINIMUM_VERSION:
-        wanted = ".".join(map(str, MINIMUM_VERSION))
-        raise MissingError(
-            f"llama-cpp-python {llama_cpp.__version__} is too old: {wanted} or newer is needed", hint=INSTALL_HINT
-        )
-    llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
-    _check_structures(llama_cpp)
-    llama_cpp.llama_backend_init()
-    module: ModuleType = llama_cpp
-    return module
-
-
-def _check_structures(module: Any) -> None:
-    """Compare defaults that the library fills in with what they must be; a shifted field shows at once."""
-    context, model = module.llama_context_default_params(), module.llama_model_default_params()
-    seen = {
-        "n_batch": (context.n_batch, BATCH),
-        "n_ubatch": (context.n_ubatch, MICRO_BATCH),
-        "type_k": (context.type_k, _KV_TYPES["f16"]),
-        "type_v": (context.type_v, _KV_TYPES["f16"]),
-        "offload_kqv": (context.offload_kqv, True),
-        "n_samplers": (context.n_samplers, 0),
-        "use_extra_bufts": (model.use_extra_bufts, True),
-        "vocab_only": (model.vocab_only, False),
-    }
-    wrong = [f"{name} is {value}, expected {expected}" for name, (value, expected) in seen.items() if value != expected]
-    if wrong:
-        raise MissingError(
-            f"llama-cpp-python {module.__version__} does not fit its llama.cpp library: {'; '.join(wrong)}",
-            hint=f"reinstall it: {INSTALL_HINT}; unset LLAMA_CPP_LIB_PATH",
-        )
-
-
-_log_errors: list[str] = []
-_log_level = [0]
-
-
-def _record(level: int, text: bytes | None, _data: Any) -> None:
-    """Keep the text of errors; CONT carries on the line before it."""
-    if level != _LOG_CONTINUED:
-        _log_level[0] = level
-    if _log_level[0] == _LOG_ERROR and text and len(_log_errors) < 64:
-        _log_errors.append(text.decode("utf-8", "replace"))
-
-
-# llama.h: typedef void (*ggml_log_callback)(enum ggml_log_level level, const char * text, void * user_data)
-_on_log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_record)
-
-
-def _reason() -> str:
-    """The first error llama.cpp reported since the last call: the innermost function speaks first. Forgets them all."""
-    lines = [" ".join(line.split()) for line in "".join(_log_errors).splitlines() if line.strip()]
-    _log_errors.clear()
-    return (
-        re.sub(r"^(?:\w+: )+(?:error loading model: |failed to initialize the context: )?", "", lines[0])[:400]
-        if lines
-        else "no reason given"
-    )
 
 
 class Model:
@@ -183,7 +103,7 @@ class Model:
         params.n_batch = self.batch
         params.n_ubatch = self.batch if embeddings else min(ubatch, self.batch)
         params.n_threads = params.n_threads_batch = threads
-        params.type_k = params.type_v = _KV_TYPES[kv_type]
+        params.type_k = params.type_v = KV_TYPES[kv_type]
         params.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
         params.embeddings = embeddings
         params.swa_full = False  # what llama.cpp's tools use: the cache of a sliding window holds the window only
@@ -192,9 +112,9 @@ class Model:
             params.pooling_type = pooling
         self._context = self._api.llama_init_from_model(self._model, params)
         if not self._context:
-            reason = _reason()
+            words = reason()
             self.close()
-            raise StepError(f"{self.path}: llama.cpp can't make a context of {params.n_ctx} tokens: {reason}")
+            raise StepError(f"{self.path}: llama.cpp can't make a context of {params.n_ctx} tokens: {words}")
         self._arrays = _Batch(self._api, max(self.batch, sequences))
 
     def _load(self, gpu_layers: int, vocab_only: bool) -> None:
@@ -203,13 +123,13 @@ class Model:
         params = self._api.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = vocab_only
-        _log_errors.clear()
+        forget_errors()
         params.use_extra_bufts = not amx.granted()
         with amx.refused():
             self._model = self._api.llama_model_load_from_file(str(self.path).encode(), params)
         if not self._model:
             raise StepError(
-                f"{self.path}: llama.cpp can't load it: {_reason()}",
+                f"{self.path}: llama.cpp can't load it: {reason()}",
                 hint="`edgepack inspect` shows what the file holds",
             )
 
@@ -248,7 +168,7 @@ class Model:
             if count >= 0:
                 return list(out[:count])
             if -count <= capacity:  # INT32_MIN: more tokens than llama.cpp can count
-                raise StepError(f"{self.path}: llama.cpp can't tokenize a text of {len(data)} bytes: {_reason()}")
+                raise StepError(f"{self.path}: llama.cpp can't tokenize a text of {len(data)} bytes: {reason()}")
             capacity = -count
 
     def detokenize(self, ids: Sequence[int]) -> bytes:
@@ -346,6 +266,11 @@ class Model:
 
         A prompt longer than `batch` is decoded in pieces, as llama.cpp's tools do.
         """
+        if len(ids) == 1:
+            self._arrays.fill_one(ids[0], position)
+            self._decode()
+            self._api.llama_synchronize(self._context)
+            return
         tokens = np.asarray(ids, dtype=np.int32)
         for begin in range(0, len(tokens), self.batch):
             piece = tokens[begin : begin + self.batch]
@@ -361,10 +286,10 @@ class Model:
         return int(np.argmax(self._output(1)))
 
     def _decode(self) -> None:
-        _log_errors.clear()
+        forget_errors()
         status = self._api.llama_decode(self._context, self._arrays.value)
         if status:
-            raise StepError(f"{self.path}: llama.cpp could not decode (status {status}): {_reason()}")
+            raise StepError(f"{self.path}: llama.cpp could not decode (status {status}): {reason()}")
 
     def _output(self, rows: int) -> Floats:
         """A view of llama.cpp's logits buffer [rows, vocab_size]; the next decode overwrites it."""
@@ -398,10 +323,10 @@ class Model:
             positions = np.concatenate([np.arange(len(ids), dtype=np.int32) for ids in group])
             owner = np.repeat(np.arange(len(group), dtype=np.int32), [len(ids) for ids in group])
             self._arrays.fill(ids, positions, owner, np.ones(len(ids), dtype=bool))
-            _log_errors.clear()
+            forget_errors()
             status = step(self._context, self._arrays.value)
             if status:
-                raise StepError(f"{self.path}: llama.cpp could not encode (status {status}): {_reason()}")
+                raise StepError(f"{self.path}: llama.cpp could not encode (status {status}): {reason()}")
             self._api.llama_synchronize(self._context)
             for number in range(len(group)):
                 pointer = self._api.llama_get_embeddings_seq(self._context, number)
@@ -476,12 +401,21 @@ class _Batch:
         owners: npt.NDArray[np.int32],
         wanted: npt.NDArray[np.bool_],
     ) -> None:
+        """Describe a batch: ids, positions, owning sequences, and where logits are wanted; each `[tokens]`."""
         count = len(tokens)
         self._token[:count] = tokens
         self._position[:count] = positions
         self._owner[:count] = owners
         self._wanted[:count] = wanted
         self.value.n_tokens = count
+
+    def fill_one(self, token: int, position: int) -> None:
+        """One token of sequence 0: the step of a running answer, kept short because it is timed."""
+        self._token[0] = token
+        self._position[0] = position
+        self._owner[0] = 0
+        self._wanted[0] = 1
+        self.value.n_tokens = 1
 
 
 def _groups(
@@ -499,32 +433,3 @@ def _groups(
         group.append(ids)
     if group:
         yield start, group
-
-
-def toolchain() -> dict[str, str]:
-    """Versions of what computed the numbers: bindings, llama.cpp, ggml and its commit, and the CPU features in use."""
-    api: Any = bindings()
-    record = {
-        "llama_cpp_python": str(api.__version__),
-        "llama_cpp": api.llama_version().decode(),
-        "system_info": api.llama_print_system_info().decode().strip(),
-    }
-    if "AMX_INT8 = 1" in record["system_info"]:
-        record["amx"] = "compiled in, not used: see edgepack/runtimes/amx.py"
-    with _ggml_base(Path(api.__file__).parent / "lib") as library:
-        for key, symbol in {"ggml": "ggml_version", "llama_cpp_commit": "ggml_commit"}.items():
-            function = getattr(library, symbol, None)
-            if function is not None:
-                function.restype = ctypes.c_char_p
-                record[key] = function().decode()
-    return record
-
-
-@contextmanager
-def _ggml_base(folder: Path) -> Iterator[ctypes.CDLL | None]:
-    """The ggml-base library beside llama.cpp's, which knows its version and commit."""
-    for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll"):
-        if (folder / name).is_file():
-            yield ctypes.CDLL(str(folder / name))
-            return
-    yield None

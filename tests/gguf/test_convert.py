@@ -384,7 +384,7 @@ def test_a_full_disk_is_found_before_any_work(tmp_path: Path) -> None:
     except FileNotFoundError:  # no unshare: not Linux
         full = "unshare: not here"
     if not full.startswith(("unshare:", "mount:")):
-        assert "No space left on device (needs " in full and full.strip().endswith("left: []")
+        assert "no space left on device (needs " in full and full.strip().endswith("left: []")
 
 
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
@@ -418,7 +418,7 @@ def test_a_file_system_that_can_not_reserve_space_is_asked_how_much_is_free(
     assert convert(model, tmp_path, "Q8_0", stem="b").read_bytes() == expected
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    with pytest.raises(StorageError, match="No space left on device"):
+    with pytest.raises(StorageError, match="no space left on device"):
         convert(model, tmp_path, "Q8_0", stem="c")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "b.gguf"]
 

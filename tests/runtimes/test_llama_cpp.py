@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgepack.errors import MissingError, StepError, UsageError
-from edgepack.runtimes import amx, llama_cpp
+from edgepack.runtimes import amx, llama_bindings
 from edgepack.runtimes.llama_cpp import Model, bindings, describe_artifact, toolchain
 
 PROMPT = "The purpose of a test is to find out whether the program does what its author thinks it does, and 12345."
@@ -261,7 +261,7 @@ def test_bindings_that_do_not_fit_their_library_are_refused() -> None:
         llama_model_default_params=real.llama_model_default_params,
     )
     with pytest.raises(MissingError, match=r"does not fit its llama.cpp library: n_batch is 512, expected 2048"):
-        llama_cpp._check_structures(shifted)
+        llama_bindings._check_structures(shifted)
 
 
 REQUEST_TILES = """
