@@ -12,7 +12,7 @@ from edgepack.measurement import Measurement
 from edgepack.planning import load_backend
 from edgepack.store import Store
 from edgepack.toolchain import versions
-from edgepack.workshop import Exported, Workshop, physical_cores, sha256
+from edgepack.workshop import Exported, Workshop, machine_facts, physical_cores, sha256
 
 if TYPE_CHECKING:
     from edgepack.package import Package
@@ -73,10 +73,12 @@ class Build:
             fidelity = self.backend.fidelity(
                 self.shop, self.source, plan.target, artifact, digest, self.text, parameters=plan.parameters
             )
-            found |= {name: fidelity[name] for name in ("logits", "reference") if name in fidelity}
+            found |= {name: fidelity[name] for name in ("logits", "reference", "machine") if name in fidelity}
             found["rows"] += fidelity["rows"]
         if measure.latency and plan.target.device.is_this_machine:
-            found["rows"] += self.backend.latency(self.shop, plan.target, artifact, digest, plan.context)["rows"]
+            timed = self.backend.latency(self.shop, plan.target, artifact, digest, plan.context)
+            found["machine"] = timed["machine"]
+            found["rows"] += timed["rows"]
         return found
 
     def _judge(self, exported: Exported, evidence: Mapping[str, Any]) -> list[Measurement]:
@@ -105,7 +107,6 @@ class Build:
         rows: list[Measurement],
         samples: list[dict[str, Any]],
     ) -> Package:
-        from edgepack.measure.machine import machine
         from edgepack.package import read_package, write_package
         from edgepack.publish import publish
 
@@ -125,7 +126,7 @@ class Build:
                 toolchain=versions() | self.backend.toolchain(exported),
                 runtime=self.backend.runtime(plan),
                 measurements=rows,
-                measured_on=machine(),
+                measured_on=evidence.get("machine") or machine_facts(),
                 plan=plan.as_json(),
                 artifact=place,
                 samples=samples,

@@ -16,7 +16,7 @@ from edgepack.judgement import SPEED, judged
 from edgepack.measurement import Measurement, overall
 from edgepack.planning import load_backend
 from edgepack.store import Store
-from edgepack.workshop import Workshop, physical_cores
+from edgepack.workshop import Workshop, machine_facts, physical_cores
 
 if TYPE_CHECKING:
     from edgepack.backend import Backend
@@ -37,7 +37,6 @@ def validate_package(
     listener: Listener,
 ) -> Validation:
     """Verify, measure, judge; see `edgepack.pipeline.validate`."""
-    from edgepack.measure.machine import machine
     from edgepack.package import packaged_target
     from edgepack.pipeline import Validation
     from edgepack.targets import with_overrides
@@ -50,7 +49,7 @@ def validate_package(
     rows += _fidelity(shop, package, target, source, text)
     if device == "local":
         rows += _latency(shop, package, target, counts=on_target or target.device.is_this_machine)
-        facts = machine()
+        facts = machine_facts()
     else:
         measure = plugins.load("device", device.partition("://")[0])
         remote, facts = measure(path, device, overrides=overrides, listener=listener)

@@ -104,6 +104,13 @@ class Exported:
         return sum(self.entry.files[name].size for name in self.files)
 
 
+def machine_facts() -> dict[str, Any]:
+    """Facts of this machine and its runtimes at this moment, kept with what is measured now."""
+    from edgepack.worker import run
+
+    return dict(run("edgepack.measure.machine:machine", {}, what="a look at the machine"))
+
+
 def stamps(source: Source) -> dict[str, tuple[int, int, int]]:
     """Size, modification time and inode of every source file: cheap witnesses that nobody wrote to it meanwhile."""
     places = {

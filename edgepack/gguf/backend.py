@@ -17,7 +17,16 @@ from edgepack.events import Event, step
 from edgepack.predict import MB, effective_context, predict
 from edgepack.toolchain import versions
 from edgepack.worker import Limits, run
-from edgepack.workshop import Exported, Workshop, available_memory_bytes, keyed, refuse_changed, sha256, stamps
+from edgepack.workshop import (
+    Exported,
+    Workshop,
+    available_memory_bytes,
+    keyed,
+    machine_facts,
+    refuse_changed,
+    sha256,
+    stamps,
+)
 
 if TYPE_CHECKING:
     from edgepack.gguf.imatrix import Imatrix
@@ -181,7 +190,7 @@ def fidelity(
     with transformers itself, so that a wrong conversion can't hide by being wrong twice.
 
     Returns:
-        `{"rows": [...], "reference": {...}, "logits": {...}}`.
+        `{"rows": [...], "reference": {...}, "logits": {...}, "machine": {...}}`.
     """
     kind = reference_type(target, source, parameters)
     settings = {
@@ -201,7 +210,8 @@ def fidelity(
                 what="fidelity measurement",
                 progress=handle.progress,
             )
-        return dict(measured) | {"logits": logits, "reference": {"type": kind, "read_by": "llama.cpp"}}
+        reference_facts = {"type": kind, "read_by": "llama.cpp"}
+        return dict(measured) | {"logits": logits, "reference": reference_facts, "machine": machine_facts()}
 
     with step(shop.listener, "fidelity", f"{artifact.name} against {kind} source", unit="windows") as handle:
         found, handle.cached = shop.remember("fidelity", inputs, compute)
@@ -226,12 +236,15 @@ def latency(shop: Workshop, target: Target, artifact: Path, digest: str, context
         found, handle.cached = shop.remember(
             "latency",
             settings | {"artifact": digest},
-            lambda: run(
-                "edgepack.measure.latency:latency",
-                settings | {"artifact": str(artifact)},
-                what="latency measurement",
-                progress=handle.progress,
-            ),
+            lambda: {
+                "machine": machine_facts(),
+                **run(
+                    "edgepack.measure.latency:latency",
+                    settings | {"artifact": str(artifact)},
+                    what="latency measurement",
+                    progress=handle.progress,
+                ),
+            },
         )
         handle.outcome = _latency_in_words(found["rows"])
     return dict(found)
