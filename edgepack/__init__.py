@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgepack.errors import EdgepackError
-    from edgepack.package import Package, verify
+    from edgepack.package import Package
+    from edgepack.package.verify import verify
     from edgepack.pipeline import build, plan, validate
     from edgepack.targets import load_target
 

@@ -6,7 +6,7 @@ orders the steps, judges and packages; a backend knows how its format is made, l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -94,6 +94,9 @@ class Backend(Protocol):
 
     def runtime(self, plan: Plan) -> dict[str, Any]:
         """Load options for `runtime.json`."""
+
+    def tokenizer(self, source: Source, exported: Exported) -> Mapping[str, bytes]:
+        """Files for the package's `tokenizer/`, where the artifact does not embed them: name -> content."""
 
     def recipe(self, exported: Exported) -> dict[str, Any]:
         """What came of the options, for the manifest."""

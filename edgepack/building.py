@@ -12,6 +12,7 @@ from edgepack.measurement import Measurement
 from edgepack.planning import load_backend
 from edgepack.store import Store
 from edgepack.toolchain import versions
+from edgepack.worker import side_by_side
 from edgepack.workshop import Exported, Workshop, machine_facts, physical_cores, sha256
 
 if TYPE_CHECKING:
@@ -53,9 +54,11 @@ class Build:
             StepError: A step failed; nothing is at `output` that was not there before.
         """
         exported = self.backend.export(self.shop, self.source, self.plan, self._stem())
-        conformance = self.backend.conform(self.shop, self.source, self.plan, exported)
-        samples = self.backend.samples(self.shop, self.plan, exported)
-        evidence = self._measure(exported)
+        (samples, evidence), conformance = side_by_side(
+            lambda: (self.backend.samples(self.shop, self.plan, exported), self._compare(exported)),
+            lambda: self.backend.conform(self.shop, self.source, self.plan, exported),
+        )
+        evidence |= self._time(exported, evidence["rows"])
         rows = self._judge(exported, evidence)
         with step(self.listener, "package", str(output)) as handle:
             package = self._package(output, force, exported, conformance | evidence, rows, samples)
@@ -65,21 +68,23 @@ class Build:
     def _stem(self) -> str:
         return f"{self.source.name}-{self.plan.quantize}"
 
-    def _measure(self, exported: Exported) -> dict[str, Any]:
-        plan, measure = self.plan, self.plan.target.measure
-        artifact, digest = exported.path, exported.digest
-        found: dict[str, Any] = {"rows": []}
-        if measure.fidelity:
-            fidelity = self.backend.fidelity(
-                self.shop, self.source, plan.target, artifact, digest, self.text, parameters=plan.parameters
-            )
-            found |= {name: fidelity[name] for name in ("logits", "reference", "machine") if name in fidelity}
-            found["rows"] += fidelity["rows"]
-        if measure.latency and plan.target.device.is_this_machine:
-            timed = self.backend.latency(self.shop, plan.target, artifact, digest, plan.context)
-            found["machine"] = timed["machine"]
-            found["rows"] += timed["rows"]
-        return found
+    def _compare(self, exported: Exported) -> dict[str, Any]:
+        """Rows that hold the artifact against its source."""
+        plan = self.plan
+        if not plan.target.measure.fidelity:
+            return {"rows": []}
+        found = self.backend.fidelity(
+            self.shop, self.source, plan.target, exported.path, exported.digest, self.text, parameters=plan.parameters
+        )
+        return {name: found[name] for name in ("rows", "logits", "reference", "machine") if name in found}
+
+    def _time(self, exported: Exported, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The rows with those of speed and memory added, if this machine is the target; nothing runs beside it."""
+        plan = self.plan
+        if not (plan.target.measure.latency and plan.target.device.is_this_machine):
+            return {"rows": rows}
+        found = self.backend.latency(self.shop, plan.target, exported.path, exported.digest, plan.context)
+        return {"rows": [*rows, *found["rows"]], "machine": found["machine"]}
 
     def _judge(self, exported: Exported, evidence: Mapping[str, Any]) -> list[Measurement]:
         from edgepack.judgement import judged
@@ -129,6 +134,7 @@ class Build:
                 measured_on=evidence.get("machine") or machine_facts(),
                 plan=plan.as_json(),
                 artifact=place,
+                tokenizer=self.backend.tokenizer(self.source, exported),
                 samples=samples,
                 conformance={name: evidence[name] for name in CONFORMANCE if name in evidence},
                 licences=licence_texts(self.source.path),

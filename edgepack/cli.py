@@ -48,7 +48,7 @@ _calibration = click.option(
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Importance matrix in llama-imatrix's GGUF form.",
+    help="Text (ONNX), or an importance matrix of llama-imatrix (GGUF).",
 )
 _evaluation = click.option(
     "--evaluation", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure fidelity on."
@@ -316,12 +316,16 @@ def targets_show(name: str, as_json: bool) -> None:
 @targets.command("copy")
 @click.argument("name")
 @click.argument("destination", type=click.Path(path_type=Path))
-def targets_copy(name: str, destination: Path) -> None:
+@_json
+def targets_copy(name: str, destination: Path, as_json: bool) -> None:
     """Copy a profile to DESTINATION, for you to edit and pass to -t."""
     from edgepack.targets import copy_target
 
     written = copy_target(name, destination)
-    console.emit_text(f"{written}\nUse it with: edgepack build MODEL -t {written}")
+    if as_json:
+        console.emit_json({"path": str(written)})
+    else:
+        console.emit_text(f"{written}\nUse it with: edgepack build MODEL -t {written}")
 
 
 @cli.command(epilog=DOCS)
@@ -353,6 +357,7 @@ def run(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
+    console.accept_any_text()
     as_json = "--json" in argv
     debug = bool(os.environ.get("EDGEPACK_DEBUG"))
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -365,7 +370,7 @@ def run(argv: list[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0) if not isinstance(stop.code, str) else 1
     except click.exceptions.NoArgsIsHelpError as error:
-        console.emit_note(error.ctx.get_help())  # type: ignore[union-attr]
+        console.emit_note(error.ctx.get_help())
         return UsageError.exit_code
     except click.ClickException as error:
         return _fail(_usage_error(error), as_json)
@@ -429,7 +434,14 @@ def _steps(quiet: bool, verbose: bool) -> Iterator[Listener]:
 
 
 def _with_calibration(overrides: tuple[str, ...], calibration: Path | None) -> tuple[str, ...]:
-    return overrides if calibration is None else (*overrides, f"quantize.imatrix={calibration}")
+    """`--calibration` as an override: an importance matrix (GGUF) or a text, told apart by the first bytes."""
+    if calibration is None:
+        return overrides
+    if not calibration.is_file():
+        raise UsageError(f"--calibration: {calibration} is not a file", hint="Name a text, or a file of llama-imatrix.")
+    with calibration.open("rb") as file:
+        name = "imatrix" if file.read(4) == b"GGUF" else "calibration"
+    return (*overrides, f"quantize.{name}={calibration}")
 
 
 def _show_plan(document: dict[str, Any], as_json: bool) -> None:

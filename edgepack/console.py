@@ -5,11 +5,13 @@ Progress bars appear only when stderr is a terminal. Colour obeys NO_COLOR and T
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import EdgepackError
@@ -22,10 +24,18 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 
+def accept_any_text() -> None:
+    """Let stdout and stderr take every character: what their encoding lacks is shown as an escape, never an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def emit_json(document: Mapping[str, Any]) -> None:
     """Print one JSON document on stdout, `schema_version` first."""
     body = {"schema_version": SCHEMA_VERSION} | dict(document)
-    emit_text(json.dumps(body, ensure_ascii=False, indent=2, allow_nan=False))
+    escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
+    emit_text(json.dumps(body, ensure_ascii=escaped, indent=2, allow_nan=False))
 
 
 def emit_text(text: str) -> None:
@@ -34,9 +44,8 @@ def emit_text(text: str) -> None:
         sys.stdout.write(text if text.endswith("\n") else text + "\n")
         sys.stdout.flush()
     except OSError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # Python flushes again at exit, and would complain
+        # Python flushes again at exit, and would complain of the same.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
 
 
@@ -105,13 +114,17 @@ class StepPrinter:
     def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
         self.quiet = quiet
         self.verbose = verbose
+        self._lock = RLock()  # steps may run side by side
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
     def __call__(self, event: Event) -> None:
         """Take one event."""
-        if self.quiet:
-            return
+        if not self.quiet:
+            with self._lock:
+                self._show(event)
+
+    def _show(self, event: Event) -> None:
         if event.kind == "start":
             self._start(event)
         elif event.kind == "progress" and self._bar is not None and self._task is not None:

@@ -245,16 +245,3 @@ def discard(path: Path) -> None:
     """`remove` for clean-up after a failure: what can't be removed is left, since the failure is what matters."""
     with contextlib.suppress(OSError):
         _remove(path)
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes that this user can still write on the file system of `path`, or of its nearest parent that exists.
-
-    Raises:
-        StorageError: The file system does not answer.
-    """
-    place = path.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    with storage_errors(place):
-        return shutil.disk_usage(place).free

@@ -46,6 +46,8 @@ SPEED = frozenset(
     ]
 )
 
+NEEDS_DEVICE = "needs the device"  # how the note of a row begins that only the device itself can fill
+
 
 def judged(
     rows: Sequence[Mapping[str, Any]], target: Target, predicted: Mapping[str, float], *, embedding: bool
@@ -82,5 +84,5 @@ def unit_of(name: str) -> str:
 
 def _why(name: str, target: Target) -> str:
     if name in SPEED and not target.device.is_this_machine:
-        return f"needs the device: this build ran elsewhere than on {target.name}"
+        return f"{NEEDS_DEVICE}: this build ran elsewhere than on {target.name}"
     return "its measurement is switched off in the profile"

@@ -105,7 +105,8 @@ def judge(row: Measurement, limit: Mapping[str, float] | None) -> Measurement:
         return replace(row, budget=limit, verdict="pass")
     if low > ceiling or high < floor:
         return replace(row, budget=limit, verdict="fail")
-    return replace(row, budget=limit, verdict="inconclusive", note=row.note or "the 95 % interval straddles the budget")
+    reason = "the 95 % interval straddles the budget"
+    return replace(row, budget=limit, verdict="inconclusive", note=f"{reason}; {row.note}" if row.note else reason)
 
 
 def overall(rows: Iterable[Measurement]) -> PackageVerdict:

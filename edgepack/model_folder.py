@@ -27,11 +27,11 @@ ALLOWED = re.compile(
         (
             WEIGHTS.pattern,
             rf"{_PLAIN}\.safetensors\.index\.json",
-            r"config\.json|generation_config\.json|special_tokens_map\.json|added_tokens\.json",
+            r"config\.json|generation_config\.json|special_tokens_map\.json|added_tokens\.json|preprocessor_config\.json",
             r"(tokenizer|vocab)[A-Za-z0-9._-]{0,100}\.(json|txt)|merges\.txt",
             rf"{_PLAIN}\.(jinja|model)",
             # sentence-transformers: which modules follow the encoder (pooling, normalisation)
-            r"modules\.json|[0-9]_[A-Za-z]{1,40}/config\.json",
+            r"modules\.json|[0-9]_[A-Za-z]{1,40}/(config\.json|model\.safetensors)",
             r"config_sentence_transformers\.json|sentence_[a-z]{1,20}_config\.json",
             r"(LICENSE|LICENCE|COPYING|NOTICE|README|USE_POLICY)[A-Za-z0-9._-]{0,40}",
         )
@@ -57,7 +57,8 @@ def allowed_files(folder: Path) -> Iterator[str]:
         if is_allowed(name):
             names.append(name)
         elif re.fullmatch(r"[0-9]_[A-Za-z]{1,40}", name) and (folder / name).is_dir():
-            names += [f"{name}/config.json"] if (folder / name / "config.json").exists() else []
+            inner = (f"{name}/config.json", f"{name}/model.safetensors")
+            names += [path for path in inner if os.path.lexists(folder / path)]
     yield from names
 
 

@@ -239,7 +239,7 @@ def _hash(source: Source, listener: Listener) -> Source:
 
     with step(listener, "hash", source.name, unit="bytes") as handle:
         hashed = hash_source(source, handle.progress)
-        handle.outcome = f"{len(hashed.files)} files"
+        handle.outcome = f"{len(hashed.files)} file{'' if len(hashed.files) == 1 else 's'}"
     return hashed
 
 

@@ -19,6 +19,7 @@ from edgepack.errors import UsageError
 BUILT_IN = {
     ("device", "ssh"): "edgepack.devices.ssh:measure",
     ("format", "gguf"): "edgepack.gguf.backend",
+    ("format", "onnx"): "edgepack.onnx.backend",
 }
 
 

@@ -37,7 +37,7 @@ REPACKED = {
 }
 # Time per layer and token that does not depend on bytes: graph dispatch and thread barriers (x86-64, 2 threads).
 OVERHEAD_MS_PER_LAYER = 0.04
-# Observed tokens/s lie between these factors of the estimate, over the published rows in docs/targets.md.
+# Published tokens/s lie between these factors of the estimate (docs/targets.md, "Where the numbers are from").
 SPEED_RANGE = (0.75, 1.35)
 
 
@@ -53,6 +53,7 @@ class Prediction:
         compute_mb: Compute buffer part of it.
         decode_tokens_per_s: Mid estimate; None when the target does not state its memory bandwidth.
         decode_range: Low and high estimate.
+        exact: False when the bytes are an estimate too.
     """
 
     artifact_bytes: int
@@ -62,6 +63,7 @@ class Prediction:
     compute_mb: float
     decode_tokens_per_s: float | None
     decode_range: tuple[float, float] | None
+    exact: bool = True
 
     def as_json(self) -> dict[str, object]:
         """The prediction as it stands in `plan.json`."""

@@ -33,17 +33,13 @@ def publish(build: Callable[[Path], None], output: Path, *, force: bool = False)
         The absolute path of `output`.
 
     Raises:
-        UsageError: `output` exists and `force` is not set, or it is neither a package nor empty.
+        UsageError: `output` exists and `force` is not set, or is neither a package nor empty, or can't be made there.
         StorageError: The file system refused; `output` is as it was.
         Exception: Whatever `build` raised; nothing is left of the new folder and `output` is as it was.
     """
     output = Path(os.path.abspath(output))  # noqa: PTH100 (a link at `output` must be seen, not followed)
     created: list[Path] = []
     with storage_errors(output):
-        if len(os.fsencode(output.name)) > _NAME_BYTES:
-            raise UsageError(
-                f"{output}: the name is longer than {_NAME_BYTES} bytes", hint="Choose a shorter one with -o."
-            )
         _recover(output)
         check_output(output, force=force)
         created = [parent for parent in output.parents if not parent.exists()]
@@ -63,9 +59,12 @@ def check_output(output: Path, *, force: bool) -> None:
     """Refuse an output that `publish` would refuse: to be called before any work.
 
     Raises:
-        UsageError: As `publish`.
+        UsageError: As `publish`; or its name is too long, or the place it would be made in is no folder or read-only.
     """
+    if len(os.fsencode(output.name)) > _NAME_BYTES:
+        raise UsageError(f"{output}: the name is longer than {_NAME_BYTES} bytes", hint="Choose a shorter one with -o.")
     if not os.path.lexists(output):
+        _check_parent(output)
         return
     if not force:
         raise UsageError(f"{output} exists", hint="Choose another folder with -o, or replace it with --force.")
@@ -76,6 +75,16 @@ def check_output(output: Path, *, force: bool) -> None:
             f"{output} holds no {_PACKAGE_MARK}, so --force does not replace it",
             hint="Choose another folder with -o, or remove it yourself.",
         )
+
+
+def _check_parent(output: Path) -> None:
+    """The nearest parent that exists must be a folder that can be written; what it lacks is made by `publish`."""
+    parent = next(parent for parent in Path(os.path.abspath(output)).parents if os.path.lexists(parent))  # noqa: PTH100
+    hint = "Choose another folder with -o."
+    if not parent.is_dir():
+        raise UsageError(f"{output}: {parent} is not a folder", hint=hint)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{output}: {parent} can't be written", hint=hint)
 
 
 def published_place(path: Path) -> Path | None:

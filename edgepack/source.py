@@ -72,6 +72,11 @@ def resolve(model: str, progress: Progress = no_progress) -> Source:
         return _local("folder", path)
     if kind == "file" and path.suffix == ".gguf":
         return _local("gguf", path)
+    if kind == "file" and model_folder.PICKLES.fullmatch(path.name):
+        raise InputRefused(
+            f"{model}: a pickle checkpoint, which can run code; edgepack never opens them",
+            hint="Give a folder with the weights as *.safetensors.",
+        )
     if kind == "file":
         hint = f"Give its folder: {path.parent}" if path.suffix in (".safetensors", ".json") else None
         raise UsageError(f"{model}: expected a model folder, a .gguf file or a hub id, found a file", hint=hint)
@@ -120,7 +125,8 @@ def _kind(path: Path) -> Literal["folder", "file", "special"] | None:
     except (OSError, ValueError) as error:  # no permission, a name too long, a loop of links, a NUL
         if isinstance(error, NotADirectoryError):
             return None
-        raise UsageError(f"{str(path)[:200]!r}: can't be used as a path: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{str(path)[:200]!r}: can't be used as a path: {reason}") from error
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "special"
 
 

@@ -98,7 +98,7 @@ def _check_tensors(value: Any, problems: Problems) -> dict[str, str]:
 
 def _check_top(document: Table, problems: Problems) -> None:
     for name, key in TOP.items():
-        value = document.get(name)
+        value: Any = document.get(name)
         if name not in document:
             if name != "aliases":
                 problems.add(f"{name} is missing: {key.meaning}")

@@ -81,6 +81,12 @@ class Quantize:
         default=("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"),
     )
     imatrix: str | None = key("text", "path of an importance matrix (GGUF)", default=None, optional=True)
+    calibration: str | None = key(
+        "text",
+        "path of a text that quantizers of ONNX are calibrated on; none = the one that ships",
+        default=None,
+        optional=True,
+    )
     allow_nonfinite: bool = key("switch", "build although a weight is NaN or infinite", default=False)
     tensors: Mapping[str, str] = field(default_factory=dict)  # the table [quantize.tensors]: name pattern = type
 
@@ -156,6 +162,22 @@ class Delivery:
     )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class Onnx:
+    """Choices that only ONNX has."""
+
+    task: str | None = key(
+        "text", "task of an encoder; none = what the checkpoint was made for", default=None, optional=True
+    )
+    batch: int | None = key(
+        "integer", "fixed rows of every input", unit="rows", low=1, high=4096, default=None, optional=True
+    )
+    sequence: int | None = key(
+        "integer", "fixed tokens of every row", unit="tokens", low=1, high=1_048_576, default=None, optional=True
+    )
+    provider: str = key("text", "execution provider of the runtime", default="CPUExecutionProvider")
+
+
 TABLES: Mapping[str, type] = {
     "device": Device,
     "format": Format,
@@ -164,6 +186,7 @@ TABLES: Mapping[str, type] = {
     "budget": Budget,
     "measure": Measure,
     "delivery": Delivery,
+    "onnx": Onnx,
 }
 # name, description, date and aliases stand above the first table.
 TOP: Mapping[str, Key] = {

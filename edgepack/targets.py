@@ -25,6 +25,7 @@ from edgepack.target_keys import (
     Format,
     Limit,
     Measure,
+    Onnx,
     Quantize,
     Runtime,
 )
@@ -71,6 +72,7 @@ class Target:
     budget: Budget
     measure: Measure
     delivery: Delivery
+    onnx: Onnx
     sources: Mapping[str, str]
     text: str
     overrides: tuple[str, ...] = ()
@@ -212,9 +214,10 @@ def parse_target(
     problems.raise_if_any(hint=_SET_HINT)
     tables = check(document, problems)
     problems.raise_if_any(hint=_SET_HINT if overrides else "docs/targets.md lists every key with its unit.")
-    imatrix = tables["quantize"].get("imatrix")
-    if imatrix and folder is not None and not any(pair.startswith("quantize.imatrix=") for pair in overrides):
-        tables["quantize"]["imatrix"] = str(folder / imatrix)
+    for name in ("imatrix", "calibration"):
+        path = tables["quantize"].get(name)
+        if path and folder is not None and not any(pair.startswith(f"quantize.{name}=") for pair in overrides):
+            tables["quantize"][name] = str(folder / path)
     return Target(
         name=document["name"],
         description=document["description"],

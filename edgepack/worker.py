@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from edgepack.errors import StepError, from_json
 
@@ -39,7 +39,11 @@ Progress = Callable[[int, int], None]
 
 MESSAGE_BYTES = 16 << 20  # a result is a report, never a payload: payloads are files (security.md 8 has the same cap)
 
+First = TypeVar("First")
+Second = TypeVar("Second")
+
 _log = logging.getLogger(__name__)
+_threads = threading.local()
 
 _TAIL_BYTES = 64 << 10  # of the child's stderr; an assertion with its backtrace is a few KiB
 _LAST = {"result", "error", "failure"}  # what a child ends with
@@ -139,6 +143,60 @@ def run_measured(
     return child.result(what, limits), child.usage
 
 
+class Stopped(StepError):
+    """A child was ended because what ran beside it failed; `side_by_side` reports that failure instead."""
+
+
+def side_by_side(first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]:
+    """Run two functions at once, for work whose workers leave a core idle.
+
+    Args:
+        first: Runs in this thread.
+        second: Runs in another.
+
+    Returns:
+        Both results.
+
+    Raises:
+        BaseException: Whatever one of them raised first; the workers of the other are ended, and it is waited for.
+    """
+    here, there, around = threading.Event(), threading.Event(), _stops()
+    values: list[Second] = []
+    errors: list[BaseException] = []
+
+    def beside() -> None:
+        _threads.stops = (there, *around)
+        try:
+            values.append(second())
+        except BaseException as error:
+            errors.append(error)
+            here.set()
+
+    thread = threading.Thread(target=beside, daemon=True)
+    _threads.stops = (here, *around)
+    thread.start()
+    try:
+        result = first()
+        while thread.is_alive():
+            thread.join(_TICK_SECONDS)  # in pieces: Ctrl-C gets through
+    except BaseException as error:
+        there.set()
+        thread.join()
+        if isinstance(error, Stopped) and errors:
+            raise errors[0] from None
+        raise
+    finally:
+        _threads.stops = around
+    if errors:
+        raise errors[0]
+    return result, values[0]
+
+
+def _stops() -> tuple[threading.Event, ...]:
+    """Events that end the workers of this thread."""
+    return getattr(_threads, "stops", ())
+
+
 @contextlib.contextmanager
 def terminate_as_exit() -> Iterator[None]:
     """Within the block, SIGTERM and SIGHUP raise `SystemExit(128 + signal)`: clean-up code runs, status 143 or 129.
@@ -230,6 +288,8 @@ class _Child:
             selector.register(self._messages, selectors.EVENT_READ)
             selector.register(self._output, selectors.EVENT_READ)
             while (now := time.monotonic()) < deadline:
+                if any(stop.is_set() for stop in _stops()):
+                    raise Stopped("stopped, because work beside it ended")
                 if now - looked >= _TICK_SECONDS:
                     self._watch_memory()
                     looked = now

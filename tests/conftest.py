@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from genai_packages import built
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "models" / "tiny-llama-5m"
 
@@ -68,3 +69,15 @@ def spoil_weights(copied_model: Path) -> Callable[[str, float], Path]:
         return copied_model
 
     return spoil
+
+
+@pytest.fixture(scope="session")
+def fp32_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example model in float32 for onnxruntime-genai, made by its builder."""
+    return built(EXAMPLE, "fp32", tmp_path_factory.mktemp("genai") / "fp32")
+
+
+@pytest.fixture(scope="session")
+def int4_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example model in int4 for onnxruntime-genai, made by its builder."""
+    return built(EXAMPLE, "int4", tmp_path_factory.mktemp("genai") / "int4")

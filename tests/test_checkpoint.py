@@ -336,7 +336,7 @@ def test_every_malformed_safetensors_file_refuses_the_folder(name: str, tmp_path
 def test_a_dtype_ggml_does_not_take_is_named_with_its_tensor(dtype: str, word: str, tmp_path: Path) -> None:
     entry = hostile.tensor(0, 8 if dtype != "I32" else 32, dtype=dtype, shape=[16 if dtype == "F4" else 8])
     data = hostile.file({"layers.0.weight": entry}, bytes(entry["data_offsets"][1]))
-    error = _refusal(_with(tmp_path, model__safetensors=data), f"layers.0.weight is {dtype}: a {word}")
+    error = _refusal(_with(tmp_path, model__safetensors=data), f"layers.0.weight is {dtype}: {word}")
     assert "unquantized" in str(error.hint)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -132,3 +133,67 @@ def test_targets_show_prints_toml_that_loads_again(tmp_path: Path) -> None:
 
 def test_no_colour_codes_reach_a_pipe() -> None:
     assert "\x1b[" not in edgepack("targets", "list").stdout
+
+
+def test_no_command_at_all_shows_the_help_with_its_examples_on_lines_of_their_own() -> None:
+    answer = edgepack()
+    assert answer.returncode == 2 and answer.stdout == ""
+    lines = [line.strip() for line in answer.stderr.splitlines()]
+    assert lines[0].startswith("Usage: edgepack")
+    assert "edgepack build ./my-model -t laptop" in lines and "\\b" not in answer.stderr
+
+
+@pytest.mark.parametrize("command", [["targets", "show", "laptop"], ["plan", str(EXAMPLE), "-t", "laptop", "--json"]])
+def test_a_result_that_can_not_be_written_is_one_line_and_status_1(command: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "edgepack.cli", *command],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "edgepack: error: No space left on device"
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_build_with_its_status_one_document_and_nothing_half_written(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    build = subprocess.Popen(
+        [sys.executable, "-m", "edgepack.cli", "build", str(EXAMPLE), "-t", "laptop", "-o", "out", "--json"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"EDGEPACK_CACHE": str(tmp_path / "store"), "PYTHONPATH": str(EXAMPLE.parents[2])},
+    )
+    assert build.stderr is not None
+    while not list(tmp_path.glob("store/tmp/*/*.gguf")):
+        assert build.poll() is None
+        time.sleep(0.01)
+    build.send_signal(number)
+    stdout, stderr = build.communicate(timeout=60)
+    assert build.returncode == 128 + number
+    assert json.loads(stdout)["error"]["exit_code"] == 128 + number
+    assert "run the same command to go on" in stderr and "Traceback" not in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    assert list((tmp_path / "store" / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_output_that_the_terminal_can_not_show_is_escaped_and_json_stays_json(encoding: str, tmp_path: Path) -> None:
+    folder = tmp_path / "größe ≤ 1"
+    folder.mkdir()
+    for number, options in enumerate(([], ["--json"])):
+        copy = folder / f"mine-{number}.toml"
+        done = subprocess.run(
+            [sys.executable, "-m", "edgepack.cli", "targets", "copy", "laptop", str(copy), *options],
+            capture_output=True,
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        if options:
+            assert json.loads(done.stdout.decode(encoding))["path"] == str(copy)

@@ -12,7 +12,6 @@ from edgepack.errors import StorageError
 from edgepack.files import (
     clone,
     copy,
-    free_bytes,
     remove,
     sha256_of,
     storage_error,
@@ -187,7 +186,3 @@ def test_a_tree_is_flushed_file_by_file_and_folder_by_folder(tmp_path, monkeypat
     sync_tree(tmp_path)
     assert sorted(flushed) == [str(tmp_path / name) for name in ("", "a", "a/y", "x")]
     assert flushed.index(str(tmp_path / "a/y")) < flushed.index(str(tmp_path / "a")) < flushed.index(str(tmp_path))
-
-
-def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path):
-    assert free_bytes(tmp_path / "not/yet/there") > 0

@@ -65,3 +65,8 @@ def test_a_row_survives_its_json_form() -> None:
         Measurement("ttft_ms_p90", 12.5, "ms", n=50, ci95=(12.0, 13.0), note="few", extra={"sd": 1.0}), {"max": 20}
     )
     assert from_json(judged.as_json()) == judged
+
+
+def test_an_inconclusive_row_says_why_beside_what_it_said_before() -> None:
+    row = Measurement("mean_kld", 0.05, "nats/token", ci95=(0.04, 0.06), note="2 windows")
+    assert judge(row, {"max": 0.05}).note == "the 95 % interval straddles the budget; 2 windows"

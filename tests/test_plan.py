@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from artifacts import exported
 
-from edgepack import pipeline
+from edgepack import pipeline, worker
 from edgepack.errors import BudgetError, UsageError
 from edgepack.planning import Plan
 from edgepack.targets import load_target
@@ -65,9 +66,9 @@ def test_an_unknown_preset_is_a_usage_error() -> None:
         plan(quantize="Q4_K_X")
 
 
-def test_onnx_is_refused_and_not_guessed() -> None:
-    with pytest.raises(UsageError, match="onnx"):
-        pipeline.plan(EXAMPLE, load_target("laptop"), format="onnx")
+def test_a_format_nobody_writes_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="there is no format 'onx'"):
+        pipeline.plan(EXAMPLE, load_target("laptop"), format="onx")
 
 
 def test_the_plan_reads_no_weight(tmp_path: Path) -> None:
@@ -92,3 +93,22 @@ def test_a_longer_context_costs_memory_and_speed_but_no_disk() -> None:
 
 def test_the_plan_as_json_holds_no_machine_path() -> None:
     assert str(EXAMPLE.parent) not in json.dumps(plan().as_json())
+
+
+def test_the_key_value_cache_is_that_of_the_shapes_in_the_config() -> None:
+    config = json.loads((EXAMPLE / "config.json").read_text())
+    width = config["num_key_value_heads"] * config["hidden_size"] // config["num_attention_heads"]
+    keys_and_values = 2 * config["num_hidden_layers"] * width
+    assert plan("runtime.context=256").prediction.kv_mb * 1e6 == keys_and_values * 2 * 256  # float16
+
+
+@pytest.mark.parametrize("preset", ["Q8_0", "Q4_K_M"])
+def test_predicted_memory_is_what_llama_cpp_takes_within_15_percent(preset: str, tmp_path: Path) -> None:
+    settings = {
+        "prompt_tokens": 8, "decode_tokens": 4, "repetitions": 1, "warmups": 0, "pause_seconds": 0.0, "threads": 2,
+        "context": 512, "gpu_layers": 0,
+    }  # fmt: skip
+    artifact = exported(EXAMPLE, preset, tmp_path)
+    found = worker.run("edgepack.measure.latency:latency", settings | {"artifact": str(artifact)}, what="latency")
+    (measured,) = (row["value"] for row in found["rows"] if row["name"] == "peak_rss_mb")
+    assert plan(quantize=preset).prediction.ram_mb == pytest.approx(measured, rel=0.15)

@@ -156,3 +156,20 @@ def test_the_early_check_agrees(tmp_path):
     check_output(tmp_path / "out", force=True)
     with pytest.raises(UsageError):
         check_output(tmp_path / "out", force=False)
+
+
+@pytest.mark.parametrize("output", ["file/package", "file/deeper/package", "x" * 250])
+def test_a_place_where_no_folder_can_be_is_told_before_any_work(tmp_path, output):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError) as caught:
+        check_output(tmp_path / output, force=False)
+    assert "is not a folder" in caught.value.message or "longer than" in caught.value.message
+    assert "-o" in caught.value.hint
+
+
+def test_a_place_that_can_not_be_written_is_told_before_any_work(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "access", lambda path, mode: bool(asked.append((path, mode))))  # root may write anywhere
+    with pytest.raises(UsageError, match=f"{tmp_path} can't be written"):
+        check_output(tmp_path / "a/b", force=False)
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)]

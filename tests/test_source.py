@@ -105,6 +105,13 @@ def test_what_the_system_does_not_take_as_a_path_is_a_usage_error(
     assert caught.value.message.isprintable()
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.ckpt"])
+def test_a_pickle_given_as_the_model_is_refused_for_what_it_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\x80\x04}\x94.")
+    with pytest.raises(InputRefused, match="a pickle checkpoint, which can run code"):
+        resolve(str(tmp_path / name))
+
+
 def test_a_file_of_a_model_points_to_its_folder(tmp_path: Path) -> None:
     folder = pico.write(tmp_path)
     with pytest.raises(UsageError) as caught:

@@ -12,7 +12,15 @@ import pytest
 
 import edgepack
 from edgepack import errors
-from edgepack.worker import Limits, child_environment, last_words, run, run_measured, terminate_as_exit
+from edgepack.worker import (
+    Limits,
+    child_environment,
+    last_words,
+    run,
+    run_measured,
+    side_by_side,
+    terminate_as_exit,
+)
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -368,3 +376,36 @@ def test_last_words_are_the_reason_not_the_backtrace():
         == "a/b.cpp:7: boom"
     )
     assert last_words(b"\xff\xfe " * 500, limit=20) == "\ufffd\ufffd" + " \ufffd\ufffd" * 6
+
+
+def test_two_workers_run_side_by_side() -> None:
+    started = time.monotonic()
+    found = side_by_side(lambda: call("wait", seconds=0.8), lambda: call("wait", seconds=0.9))
+    assert found == (0.8, 0.9)
+    assert time.monotonic() - started < 1.6
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_what_fails_first_ends_the_worker_beside_it_and_is_what_is_reported(failing: int) -> None:
+    functions = [lambda: call("wait", seconds=30), lambda: call("wait", seconds=30)]
+    functions[failing] = lambda: call("refuse_after", seconds=0.2)
+    started = time.monotonic()
+    with pytest.raises(errors.InputRefused, match="refused beside"):
+        side_by_side(*functions)
+    assert time.monotonic() - started < 5
+
+
+def test_a_failure_reaches_workers_nested_in_the_other_side() -> None:
+    def nested() -> object:
+        return side_by_side(lambda: call("wait", seconds=30), lambda: call("wait", seconds=30))
+
+    started = time.monotonic()
+    with pytest.raises(errors.InputRefused, match="refused beside"):
+        side_by_side(nested, lambda: call("refuse_after", seconds=0.2))
+    assert time.monotonic() - started < 5
+
+
+def test_a_failure_beside_leaves_the_next_workers_of_this_thread_alone() -> None:
+    with pytest.raises(errors.InputRefused):
+        side_by_side(lambda: call("wait", seconds=30), lambda: call("refuse_after", seconds=0.1))
+    assert call("wait", seconds=0.0) == 0.0

@@ -147,3 +147,13 @@ def sleeps(*, progress, seconds, pids=None):
 def leaves_a_grandchild(*, progress):
     """Return while a grandchild goes on, with both of its outputs open."""
     return subprocess.Popen(["sleep", "60"]).pid
+
+
+def wait(*, seconds, progress):
+    time.sleep(seconds)
+    return seconds
+
+
+def refuse_after(*, seconds, progress):
+    time.sleep(seconds)
+    raise errors.InputRefused("refused beside")

@@ -91,7 +91,7 @@ def chat(*, artifact: str, source: str, progress: Progress, seconds: float = REN
     ours, complete = header.get("tokenizer.chat_template"), (Path(source) / "tokenizer.json").is_file()
     if ours is None and not complete:
         return dict(_NO_TEMPLATE)  # transformers would need protobuf to read tokenizer.model
-    tokenizer = _transformers_tokenizer(Path(source))
+    tokenizer = transformers_tokenizer(Path(source))
     with Model(artifact, threads=1, vocab_only=True) as engine:
         if complete:  # transformers 5 adds no BOS of its own to what tokenizer.model says; earlier versions did
             _check_around(tokenizer, engine)
@@ -172,7 +172,12 @@ def _same_template(artifact: GgufFile, source: GgufFile) -> dict[str, Any]:
     return {"chats": 0, "tokens": 0, "skipped": {}, "note": "the template is the source GGUF's, byte for byte"}
 
 
-def _transformers_tokenizer(folder: Path) -> Any:
+def transformers_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder as transformers loads it.
+
+    Raises:
+        InputRefused: transformers can't.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging as transformers_logging
 

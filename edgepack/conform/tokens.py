@@ -154,7 +154,11 @@ def _explain(
 
 
 def first_difference(
-    text: str, expected: Sequence[int], found: Sequence[int], name_of: Callable[[int], str | None]
+    text: str,
+    expected: Sequence[int],
+    found: Sequence[int],
+    name_of: Callable[[int], str | None],
+    made: str = "the GGUF",
 ) -> str:
     """One line: the text (escaped, cut), the first place where two lists of ids differ, both ids and tokens there."""
     place = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), None)
@@ -164,7 +168,7 @@ def first_difference(
         return f"{ids[place]} {name_of(ids[place])!a}" if place < len(ids) else "the end"
 
     shown = ascii(text if len(text) <= 80 else text[:77] + "...")
-    return f"text {shown}, token {place}: the source has {at(expected)}, the GGUF {at(found)}"
+    return f"text {shown}, token {place}: the source has {at(expected)}, {made} {at(found)}"
 
 
 def _comes_back(text: str, ids: list[int], reference: Reference, engine: Model) -> bool:

@@ -29,7 +29,8 @@ from edgepack.gguf.transforms import TRANSFORMS, Span, computed, reader
 __all__ = ["ARCHITECTURES", "Architecture", "describe_checkpoint", "find_architecture"]
 
 BRING_A_GGUF = (
-    "convert it with llama.cpp's convert_hf_to_gguf.py --outtype f16 and give the result: edgepack build model-f16.gguf"
+    "Convert it with llama.cpp's convert_hf_to_gguf.py --outtype f16 and build from the result: "
+    "edgepack build model-f16.gguf -t TARGET"
 )
 # llama.cpp keeps these in float32 whatever the type (src/llama-quant.cpp, tensor_allows_quantization)
 _FLOAT32_TARGETS = ("position_embd", "token_types")

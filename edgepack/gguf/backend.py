@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepack.backend import Candidate, Described
+from edgepack.errors import UsageError
 from edgepack.events import Event, step
 from edgepack.predict import MB, effective_context, predict
 from edgepack.toolchain import versions
-from edgepack.worker import Limits, run
+from edgepack.worker import Limits, run, side_by_side
 from edgepack.workshop import (
     Exported,
     Workshop,
@@ -44,6 +45,11 @@ def describe(source: Source, target: Target) -> Described:
     """The model as it would be written, from headers alone."""
     from edgepack.gguf.model import describe as describe_model
 
+    if target.quantize.calibration:
+        raise UsageError(
+            f"{target.quantize.calibration}: GGUF presets take an importance matrix, and this is a text",
+            hint="Make one with llama-imatrix and give that file.",
+        )
     model = describe_model(source.path)
     return Described(
         architecture=model.architecture,
@@ -202,18 +208,20 @@ def fidelity(
 
     def compute() -> dict[str, Any]:
         with _reference(shop, source, kind) as reference:
-            logits = _logits(shop, source, reference, kind, parameters)
-            handle.progress(0, settings["windows"])
-            measured = run(
-                "edgepack.measure.fidelity:fidelity",
-                settings | {"reference": str(reference), "candidate": str(artifact), "text": str(text)},
-                what="fidelity measurement",
-                progress=handle.progress,
+            arguments = settings | {"reference": str(reference), "candidate": str(artifact), "text": str(text)}
+            measured, logits = side_by_side(
+                lambda: run(
+                    "edgepack.measure.fidelity:fidelity",
+                    arguments,
+                    what="fidelity measurement",
+                    progress=handle.progress,
+                ),
+                lambda: _logits(shop, source, reference, kind, parameters),
             )
         reference_facts = {"type": kind, "read_by": "llama.cpp"}
         return dict(measured) | {"logits": logits, "reference": reference_facts, "machine": machine_facts()}
 
-    with step(shop.listener, "fidelity", f"{artifact.name} against {kind} source", unit="windows") as handle:
+    with step(shop.listener, "fidelity", f"{artifact.name} against {_named(kind)}", unit="windows") as handle:
         found, handle.cached = shop.remember("fidelity", inputs, compute)
         handle.outcome = _fidelity_in_words(found["rows"], kind)
     return dict(found)
@@ -311,13 +319,17 @@ def _logits(shop: Workshop, source: Source, reference: Path, kind: str, paramete
 def _fidelity_in_words(rows: list[Mapping[str, Any]], kind: str) -> str:
     values = {row["name"]: row["value"] for row in rows}
     if "cosine_mean" in values:
-        return f"cosine {values['cosine_mean']:.5f} against the {kind} source"
+        return f"cosine {values['cosine_mean']:.5f} against {_named(kind)}"
     shown = [
         f"{name} {values[name]:.4g}"
         for name in ("mean_kld", "perplexity", "top1_agreement")
         if values.get(name) is not None
     ]
-    return ", ".join(shown) + f" against the {kind} source"
+    return ", ".join(shown) + f" against {_named(kind)}"
+
+
+def _named(kind: str) -> str:
+    return "the source itself" if kind == "source" else f"the {kind} source"
 
 
 def _latency_in_words(rows: list[Mapping[str, Any]]) -> str:
@@ -341,6 +353,11 @@ def runtime(plan: Plan) -> dict[str, Any]:
         "gpu_layers": options.gpu_layers,
         "embedding": plan.embedding,
     }
+
+
+def tokenizer(source: Source, exported: Exported) -> dict[str, bytes]:
+    """Nothing: a GGUF embeds its tokenizer."""
+    return {}
 
 
 def recipe(exported: Exported) -> dict[str, Any]:

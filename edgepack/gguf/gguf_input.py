@@ -26,7 +26,7 @@ from edgepack.gguf.model import ModelSpec, ReadRows, TensorSpec
 
 _STORED: Mapping[str, npt.DTypeLike] = MappingProxyType({"F32": "<f4", "F16": "<f2", "BF16": "<u2"})
 _BRING_FLOAT = (
-    "bring the float GGUF it was made from (convert_hf_to_gguf.py --outtype bf16), or the Hugging Face checkpoint"
+    "Bring the float GGUF it was made from (convert_hf_to_gguf.py --outtype bf16), or the Hugging Face checkpoint"
 )
 # Keys of the file, not of the model: the writer makes its own.
 _OF_THE_FILE = ("general.file_type", "general.quantization_version", "general.alignment")

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgepack.errors import InputRefused, StorageError
+from edgepack.errors import InputRefused, StorageError, UsageError
 from edgepack.gguf.file import GgufFile, TensorEntry, read_gguf
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -62,7 +62,10 @@ def read_imatrix(path: Path) -> Imatrix:
     Raises:
         InputRefused: Not a GGUF, not an importance matrix, sums without counts, values negative or not finite.
         StorageError: The file can't be read.
+        UsageError: There is no such file.
     """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such importance matrix", hint=_HINT)
     file = read_gguf(path)
     missing = [key for key in _REQUIRED if key not in file.metadata]
     if missing or file.get("general.type", "imatrix") != "imatrix":

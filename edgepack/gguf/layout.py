@@ -196,7 +196,7 @@ def _check_importance(
         if needs_imatrix(tensor.name, kind, recipe):
             raise InputRefused(
                 f"the importance matrix has no values for {tensor.name}, which {kind.name} can't be quantized without",
-                hint="Gather it over more text, or give the tensor another type with --set quantize.tensors.<name>=TYPE.",
+                hint="Gather it over more text, or set quantize.tensors.<name> to another type.",
             )
         bare.append(tensor.name)
     if not any(tensor.name in imatrix.values for tensor in model.tensors):
@@ -224,7 +224,9 @@ def _shards(metadata: Metadata, table: _Table, shard_bytes: int | None) -> tuple
         )
     groups = _groups(metadata, table, shard_bytes)
     if len(groups) > MAX_SHARDS:
-        raise UsageError(f"{len(groups)} shards, a split GGUF has {MAX_SHARDS} at most", hint="Raise delivery.shard_mb.")
+        raise UsageError(
+            f"{len(groups)} shards, a split GGUF has {MAX_SHARDS} at most", hint="Raise delivery.shard_mb."
+        )
     shards = []
     for number, group in enumerate(groups):
         split = _split_keys(number, len(groups), len(table))

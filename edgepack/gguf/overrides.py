@@ -66,7 +66,7 @@ def _type(word: str, pattern: str) -> GgmlType:
     name = word.upper()
     if name not in QUANTIZABLE:
         near = difflib.get_close_matches(name, QUANTIZABLE, n=2)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"types: {', '.join(QUANTIZABLE)}"
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"Types: {', '.join(QUANTIZABLE)}"
         raise UsageError(f"override {pattern}: {word!r} is not a tensor type", hint=hint)
     return TYPES[name]
 
@@ -82,5 +82,5 @@ def _refuse_idle(pattern: str, quantizable: Sequence[str], names: Sequence[str])
     roles = {part for name in quantizable for part in name.split(".")[-2:-1]}
     blocks = {".".join(name.split(".")[:2]) for name in quantizable if name.startswith("blk.")}
     near = difflib.get_close_matches(pattern, sorted(roles | blocks | set(quantizable)), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"tensors of this model: {', '.join(sorted(roles))}"
+    hint = f"Did you mean {near[0]!r}?" if near else f"Tensors of this model: {', '.join(sorted(roles))}"
     raise UsageError(f"override {pattern!r} matches no tensor", hint=hint)

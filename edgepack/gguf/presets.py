@@ -180,5 +180,5 @@ def find_preset(name: str) -> Preset:
     if wanted in PRESETS:
         return PRESETS[wanted]
     near = difflib.get_close_matches(wanted, PRESETS, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"presets: {', '.join(PRESETS)}"
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Presets: {', '.join(PRESETS)}"
     raise UsageError(f"unknown quantization {name!r}", hint=hint)

@@ -30,13 +30,15 @@ from edgepack.gguf.ggml import quantize_rows, valid_rows
 from edgepack.gguf.imatrix import Imatrix
 from edgepack.gguf.layout import Layout, Shard
 from edgepack.gguf.model import ModelSpec, TensorSpec
-from edgepack.gguf.types import row_bytes
+from edgepack.gguf.types import GgmlType, row_bytes
 from edgepack.worker import Progress, no_progress
 
 # Weights per chunk: 1 MB of float32, which stays in a core's second-level cache from reading to quantizing, while the
 # interpreter's share (about 0.1 ms a chunk) stays below 1 % of the work.
 CHUNK_WEIGHTS = 1 << 18
 _PROGRESS_SECONDS = 0.1
+# Float types: how a weight is stored, and the exponent bits that are all set in NaN and infinity (IEEE 754; bfloat16).
+_EXPONENTS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def stream(
         stem: File name without suffix.
         threads: Worker threads, at least 1. Changes the time, never a byte.
         imatrix: The one the layout was planned with.
-        allow_nonfinite: Write tensors with NaN or infinite weights as long as ggml's own validation accepts the
-            result (F32, F16 and BF16 never pass it; quantized types only where no scale is spoilt).
+        allow_nonfinite: Write tensors with NaN or infinite weights: float types hold them as they are (llama.cpp loads
+            such a file unless told to check tensors), quantized types where ggml's own validation accepts the result.
         progress: Called with (source bytes done, all source bytes).
 
     Returns:
@@ -221,10 +223,10 @@ class _Run:
             out = out if out.nbytes >= size else np.empty(size, dtype=np.uint8)
             data = out[:size]
             self._quantize(chunk, rows, data)
-        if not valid_rows(kind, data):
+        if not valid_rows(kind, data) and not (bad and bad == _stored_nonfinite(kind, data)):
             raise InputRefused(
                 f"{tensor.name} ({tensor.source}) can't be {kind.name}: the result holds a value that is not finite",
-                hint="Weights beyond the range of the type need BF16 or F32; NaN and infinite ones can't be kept.",
+                hint="Weights beyond the range of the type need BF16 or F32, and so does a NaN that spoils a scale.",
             )
         with _storage(chunk.path):
             _write_all(chunk.descriptor, data.data, chunk.data_start + chunk.entry.offset + chunk.start * row)
@@ -258,6 +260,14 @@ def count_nonfinite(rows: npt.NDArray[np.float32]) -> int:
     return 0 if np.isfinite(total) else int(rows.size - np.count_nonzero(np.isfinite(rows)))
 
 
+def _stored_nonfinite(kind: GgmlType, data: npt.NDArray[np.uint8]) -> int:
+    """How many weights of `data` (uint8, whole rows) are NaN or infinite in a float type; 0 for a quantized one."""
+    if kind.name not in _EXPONENTS:
+        return 0
+    dtype, exponent = _EXPONENTS[kind.name]
+    return int(np.count_nonzero(data.view(dtype) & exponent == exponent))
+
+
 def _nonfinite_error(tensor: TensorSpec) -> InputRefused:
     """Count over the whole tensor, so that the message does not depend on where it was cut."""
     block = min(max(tensor.row_block, 1), tensor.rows)
@@ -266,7 +276,7 @@ def _nonfinite_error(tensor: TensorSpec) -> InputRefused:
     bad = sum(count_nonfinite(tensor.read(start, min(start + step, tensor.rows))) for start in starts)
     return InputRefused(
         f"{tensor.name} ({tensor.source}): {bad} of {tensor.parameters} weights are NaN or infinite",
-        hint="The checkpoint is damaged or diverged; --set quantize.allow_nonfinite=true writes it as far as ggml accepts it.",
+        hint="The checkpoint is damaged or diverged; --set quantize.allow_nonfinite=true builds from it all the same.",
     )
 
 

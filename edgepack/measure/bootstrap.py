@@ -50,7 +50,7 @@ def mean(samples: Array, transform: Callable[[Array], Array] | None = None) -> E
     apply = transform or _same
     per_block = samples.mean(axis=1)
     replicates = apply(draws(len(samples)) @ per_block / len(samples))
-    return _estimate(float(apply(np.array([per_block.mean()]))[0]), replicates, len(samples))
+    return estimate(float(apply(np.array([per_block.mean()]))[0]), replicates, len(samples))
 
 
 def quantile(samples: Array, fraction: float) -> Estimate:
@@ -67,14 +67,32 @@ def quantile(samples: Array, fraction: float) -> Estimate:
     for number, weights in enumerate(draws(len(samples))):
         seen = np.cumsum(weights[owner])
         replicates[number] = ordered[np.searchsorted(seen, fraction * seen[-1])]
-    return _estimate(float(np.quantile(flat, fraction)), replicates, len(samples))
+    return estimate(float(np.quantile(flat, fraction)), replicates, len(samples))
 
 
 def _same(values: Array) -> Array:
     return values
 
 
-def _estimate(value: float, replicates: Array, blocks: int) -> Estimate:
+def ratio(hits: Array, counts: Array) -> Estimate:
+    """Hits over counts where blocks are of different size and drawn whole.
+
+    Args:
+        hits: `[blocks]`.
+        counts: `[blocks]`, each at least 1.
+    """
+    weights = draws(len(hits))
+    return estimate(float(hits.sum() / counts.sum()), (weights @ hits) / (weights @ counts), len(hits))
+
+
+def estimate(value: float, replicates: Array, blocks: int) -> Estimate:
+    """A statistic with the spread of its bootstrap replicates.
+
+    Args:
+        value: The statistic on the samples themselves.
+        replicates: The statistic on each draw.
+        blocks: How many blocks were drawn from.
+    """
     if blocks < 2:
         return Estimate(value, None, None)
     low, high = np.quantile(replicates, [0.025, 0.975])

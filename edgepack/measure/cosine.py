@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from edgepack.errors import ConformanceError
 from edgepack.measure import bootstrap
+from edgepack.measure.bootstrap import Estimate
 from edgepack.measurement import Measurement
 from edgepack.text import sentences
 from edgepack.worker import Progress
@@ -55,20 +56,24 @@ def embedder_rows(
         raise ConformanceError(
             f"the artifact gives NaN or infinite vectors for {int(bad.sum())} of {len(texts)} sentences"
         )
+    note = f"{len(texts)} sentences against the source in llama.cpp"
+    rows = [
+        Measurement(name, estimate.value, "1", n=len(texts), ci95=estimate.ci95, note=note).as_json()
+        for name, estimate in vector_estimates(source, found).items()
+    ]
+    return {"rows": rows, "sentences": len(texts)}
+
+
+def vector_estimates(source: Floats, found: Floats) -> dict[str, Estimate]:
+    """How alike two sets of vectors are, `[samples, width]` each: the three rows of the module's description."""
     source, found = _unit(source), _unit(found)
     cosines = (source * found).sum(axis=1, dtype=np.float64)[:, None]
     kept = (_neighbours(source) == _neighbours(found)).astype(np.float64)[:, None]
-    note = f"{len(texts)} sentences against the source in llama.cpp"
-    estimates = {
+    return {
         "cosine_mean": bootstrap.mean(cosines),
         "cosine_p01": bootstrap.quantile(cosines, 0.01),
         "neighbour_agreement": bootstrap.mean(kept),
     }
-    rows = [
-        Measurement(name, estimate.value, "1", n=len(texts), ci95=estimate.ci95, note=note).as_json()
-        for name, estimate in estimates.items()
-    ]
-    return {"rows": rows, "sentences": len(texts)}
 
 
 def _vectors(path: str, texts: list[str], longest: int, threads: int, progress: Progress, before: int) -> Floats:

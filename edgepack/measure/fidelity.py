@@ -83,7 +83,7 @@ def fidelity(
             return common | {"rows": []}
         return common | embedder_rows(reference, candidate, content, 5 * windows, window_tokens, threads, progress)
     scores, per_window = _measure(reference, candidate, content, windows, window_tokens, threads, progress)
-    rows = _rows(scores, per_window, common.get("reference_type"), window_tokens)
+    rows = fidelity_rows(scores, per_window, f"the {common.get('reference_type')} source in llama.cpp", window_tokens)
     return common | {
         "rows": [row.as_json() for row in rows],
         "windows": len(scores.candidate_nll) // per_window,
@@ -184,8 +184,18 @@ def join(parts: Sequence[Scores]) -> Scores:
     )
 
 
-def _rows(scores: Scores, per_window: int, reference_type: str | None, window_tokens: int) -> list[Measurement]:
-    """The measurements, or rows without a value when the source model itself gives no finite logits."""
+def fidelity_rows(scores: Scores, per_window: int, against: str, window_tokens: int) -> list[Measurement]:
+    """The measurements, or rows without a value when the source model itself gives no finite logits.
+
+    Args:
+        scores: Of all scored positions, window after window.
+        per_window: Scored positions of each window.
+        against: What the reference is and what ran it, for the notes; unused without a reference.
+        window_tokens: Tokens per window.
+
+    Raises:
+        ConformanceError: The artifact alone gives NaN or infinite logits.
+    """
     bad = ~np.isfinite(scores.candidate_nll if scores.kld is None else scores.kld)
     n = len(bad)
     if bad.any():
@@ -197,7 +207,7 @@ def _rows(scores: Scores, per_window: int, reference_type: str | None, window_to
     note = f"{n // per_window} windows of {window_tokens} tokens"
     rows = []
     if scores.kld is not None and scores.same_top is not None and scores.reference_nll is not None:
-        against = f"{note}, against the {reference_type} source in llama.cpp"
+        against = f"{note}, against {against}"
         rows = [
             _row("mean_kld", bootstrap.mean(shaped(scores.kld)), "nats/token", n, against),
             _row("median_kld", bootstrap.quantile(shaped(scores.kld), 0.5), "nats/token", n, against),

@@ -91,7 +91,7 @@ def latency(
     settings = {"threads": threads, "context": context, "gpu_layers": gpu_layers, "prompt_tokens": prompt_tokens}
     if found.pooled:
         timed = _encoder(artifact, prompt_tokens, repetitions, warmups, threads, gpu_layers, progress)
-        return {"rows": _json([*timed, _memory(before)]), "settings": settings}
+        return {"rows": _json([*timed, memory_row(before)]), "settings": settings}
     if prompt_tokens + decode_tokens > context:
         raise UsageError(
             f"a prompt of {prompt_tokens} tokens and {decode_tokens} decoded ones do not fit in a context of {context}",
@@ -100,10 +100,10 @@ def latency(
     model, load_ms = _load(artifact, context=context, threads=threads, gpu_layers=gpu_layers)
     with model:
         prompt = prompt_of(model, prompt_tokens)
-        runs = _repeat(
+        runs = repeat(
             lambda: answer(model, prompt, decode_tokens), max(1, warmups), repetitions, pause_seconds, progress
         )
-    rows = [*_rows(runs, prompt_tokens), _loading(load_ms), _memory(before)]
+    rows = [*speed_rows(runs, prompt_tokens), loading_row(load_ms), memory_row(before)]
     return {"rows": _json(rows), "settings": settings | {"decode_tokens": decode_tokens}}
 
 
@@ -143,7 +143,7 @@ def answer(model: Model, prompt: Sequence[int], decode_tokens: int) -> Run:
     return Run(1000 * (prefilled - started), 1000 * ttft, tuple(spans))
 
 
-def _repeat(
+def repeat(
     once: Callable[[], Any], warmups: int, repetitions: int, pause_seconds: float, progress: Progress
 ) -> list[Any]:
     """Run warm-ups, then the counted runs, each after the pause."""
@@ -158,7 +158,8 @@ def _repeat(
     return kept
 
 
-def _rows(runs: Sequence[Run], prompt_tokens: int) -> list[Measurement]:
+def speed_rows(runs: Sequence[Run], prompt_tokens: int) -> list[Measurement]:
+    """The measurements of a decoder's timed answers, the same for every runtime."""
     ttft = np.array([run.ttft_ms for run in runs])
     prefill = prompt_tokens / np.array([run.prefill_ms for run in runs]) * 1000
     tokens = np.array([run.token_ms for run in runs])
@@ -167,35 +168,38 @@ def _rows(runs: Sequence[Run], prompt_tokens: int) -> list[Measurement]:
     # The rate that 90 % of tokens reach is the reciprocal of the 90 % quantile of their times.
     rates = {name: 1000 / float(np.quantile(tokens, q)) for name, q in (("p50", 0.5), ("p10", 0.9), ("p90", 0.1))}
     return [
-        _row("ttft_ms_p50", float(np.quantile(ttft, 0.5)), "ms", len(runs)),
-        _row("ttft_ms_p90", float(np.quantile(ttft, 0.9)), "ms", len(runs), tail=True),
-        _row(
+        speed_row("ttft_ms_p50", float(np.quantile(ttft, 0.5)), "ms", len(runs)),
+        speed_row("ttft_ms_p90", float(np.quantile(ttft, 0.9)), "ms", len(runs), tail=True),
+        speed_row(
             "prefill_tokens_per_s",
             float(np.median(prefill)),
             "tokens/s",
             len(runs),
             extra={"min": float(prefill.min()), "max": float(prefill.max())},
         ),
-        _row("decode_tokens_per_s_p50", rates["p50"], "tokens/s", tokens.size, extra=whole),
-        _row("decode_tokens_per_s_p10", rates["p10"], "tokens/s", tokens.size, tail=True),
-        _row("decode_tokens_per_s_p90", rates["p90"], "tokens/s", tokens.size, tail=True),
+        speed_row("decode_tokens_per_s_p50", rates["p50"], "tokens/s", tokens.size, extra=whole),
+        speed_row("decode_tokens_per_s_p10", rates["p10"], "tokens/s", tokens.size, tail=True),
+        speed_row("decode_tokens_per_s_p90", rates["p90"], "tokens/s", tokens.size, tail=True),
     ]
 
 
-def _row(
+def speed_row(
     name: str, value: float, unit: str, n: int, *, tail: bool = False, extra: dict[str, float] | None = None
 ) -> Measurement:
+    """A speed row that says so when its tail rests on few samples."""
     note = f"few samples: {n}, a 10 % tail wants {FEW_SAMPLES}" if tail and n < FEW_SAMPLES else None
     shown = {key: round(number, 4) for key, number in (extra or {}).items()}
     return Measurement(name, round(value, 4), unit, n=n, note=note, extra=shown)
 
 
-def _loading(load_ms: float) -> Measurement:
+def loading_row(load_ms: float) -> Measurement:
+    """The time from the call to a model that can be used."""
     note = "model and context, the file most likely in the system's cache; the first run's warm-up is not in it"
     return Measurement("load_ms", round(load_ms, 3), "ms", n=1, note=note)
 
 
-def _memory(before_mb: float) -> Measurement:
+def memory_row(before_mb: float) -> Measurement:
+    """Peak memory of this process, and what it had before the model was loaded."""
     note = f"whole measuring process; {before_mb:.0f} MB of it are Python and libraries before the model is loaded"
     return Measurement(
         "peak_rss_mb", round(peak_rss_mb(), 1), "MB", n=1, note=note, extra={"before_load": round(before_mb, 1)}
@@ -221,12 +225,12 @@ def _encoder(
             model.embed([ids])
             return 1000 * (time.perf_counter() - started)
 
-        spans = np.array(_repeat(once, max(ENCODER_WARMUPS, warmups), repetitions * ENCODER_QUERIES, 0.0, progress))
+        spans = np.array(repeat(once, max(ENCODER_WARMUPS, warmups), repetitions * ENCODER_QUERIES, 0.0, progress))
     note = {"tokens": float(length)}
     return [
-        _row("latency_ms_p50", float(np.quantile(spans, 0.5)), "ms", len(spans), extra=note),
-        _row("latency_ms_p90", float(np.quantile(spans, 0.9)), "ms", len(spans), tail=True, extra=note),
-        _loading(load_ms),
+        speed_row("latency_ms_p50", float(np.quantile(spans, 0.5)), "ms", len(spans), extra=note),
+        speed_row("latency_ms_p90", float(np.quantile(spans, 0.9)), "ms", len(spans), tail=True, extra=note),
+        loading_row(load_ms),
     ]
 
 

@@ -31,6 +31,7 @@ class Family:
             (`masking_utils._preprocess_mask_arguments`) and which saves the subgraph that builds one. `plain`: the mask
             of the tokenizer, [batch, sequence], for models that compute with it themselves.
         any_size: Whether images of any height and width can be given: a convolutional network without positions.
+            MobileNetV2 is none: its TensorFlow padding is computed in Python, from one size.
     """
 
     mask: str = "plain"
@@ -39,8 +40,10 @@ class Family:
 
 _ADDITIVE = Family(mask="additive")
 _FAMILIES: Mapping[str, Family] = MappingProxyType(
-    dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet", "albert"), _ADDITIVE)
-    | dict.fromkeys(("resnet", "convnext", "convnextv2", "regnet", "mobilenet_v2"), Family(any_size=True))
+    dict.fromkeys(
+        ("albert", "bert", "camembert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta"), _ADDITIVE
+    )
+    | dict.fromkeys(("convnext", "convnextv2", "regnet", "resnet"), Family(any_size=True))
 )
 # The lowest float32 makes a masked weight exactly 0 after softmax, also where every key is masked (then all are equal).
 _MASKED = -3.4028234663852886e38
@@ -150,7 +153,7 @@ def _text_inputs(model: Any, checkpoint: Checkpoint) -> dict[str, Shape]:
         names.remove("token_type_ids")
     if names[:2] != ["input_ids", "attention_mask"]:
         raise InputRefused(f"{checkpoint.path}: {type(model).__name__} does not take input_ids and attention_mask")
-    return {name: ("batch", "sequence") for name in names}
+    return dict.fromkeys(names, ("batch", "sequence"))
 
 
 def _image_inputs(model: Any, checkpoint: Checkpoint, family: Family) -> dict[str, Shape]:
@@ -173,7 +176,7 @@ def image_size(checkpoint: Checkpoint, config: Any) -> tuple[int, int]:
     Raises:
         InputRefused: Neither the configuration nor the preprocessor names a size.
     """
-    size = getattr(config, "image_size", None)
+    size: Any = getattr(config, "image_size", None)
     if size is None:
         settings = checkpoint.json("preprocessor_config.json") or {}
         size = (settings.get("crop_size") if settings.get("do_center_crop", True) else None) or settings.get("size")
@@ -213,7 +216,7 @@ def traceable(encoder: Encoder, *, exact: bool) -> Any:
 
         def forward(self, *tensors: Any) -> tuple[Any, ...]:
             given = dict(zip(names, tensors, strict=True))
-            mask = given.get("attention_mask")
+            mask: Any = given.get("attention_mask")
             if additive:
                 given["attention_mask"] = (mask == 0)[:, None, None, :].to(torch.float32) * _MASKED
             found = self.encoder(**given, **silent, return_dict=True)

@@ -1,6 +1,6 @@
 """The operator sets onnxruntime has, and the versions of each that it reads.
 
-Source: onnxruntime 1.31.1 (`core/graph/model_load_utils.h`, ValidateOpsetForDomain), asked with a model of each version;
+Source: onnxruntime 1.31.1 (`core/graph/model_load_utils.h`, ValidateOpsetForDomain), asked with models of each;
 a test asks the installed one again. Knows nothing of single operators.
 """
 

@@ -1,7 +1,7 @@
 """Proof that an exported graph computes what transformers computes, at several batch sizes, lengths and paddings.
 
-onnxruntime on the CPU against the torch model, both float32. The shapes include those where an exporter that confused an
-axis with a constant would fail: one, the length of the positions, sizes other than the traced. Padded positions of
+onnxruntime on the CPU against the torch model, both float32. The shapes include those where an exporter that confused
+an axis with a constant would fail: one, the length of the positions, sizes other than the traced. Padded positions of
 per-token outputs are compared as well: they are computed in the same way.
 """
 

@@ -9,7 +9,6 @@ of quantization writes; a weight that was transposed while folding gets its modu
 from __future__ import annotations
 
 import ast
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any

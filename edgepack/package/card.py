@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgepack.judgement import NEEDS_DEVICE
 from edgepack.measurement import Measurement
 from edgepack.package.how_to_run import sections
 from edgepack.package.licences import one_line
@@ -121,15 +122,17 @@ def verdict(manifest: Mapping[str, Any], rows: Sequence[Measurement]) -> str:
         missed = "; ".join(_missed(row) for row in gated if row.verdict == "fail")
         return f"**Verdict: fail.** Budgets of {target} that are missed: {missed}."
     if manifest["verdict"] == "incomplete":
-        unmeasured = [_label(row) for row in gated if row.verdict == "not_measured"]
-        unsure = [
-            f"{_label(row)} ({escape(row.note or 'inconclusive')})" for row in gated if row.verdict == "inconclusive"
-        ]
+        unmeasured = [row for row in gated if row.verdict == "not_measured"]
+        away = [_label(row) for row in unmeasured if (row.note or NEEDS_DEVICE).startswith(NEEDS_DEVICE)]
+        here = [_with_note(row) for row in unmeasured if _label(row) not in away]
+        unsure = [_with_note(row) for row in gated if row.verdict == "inconclusive"]
         words = ["**Verdict: incomplete.** No budget is missed, but not all could be decided."]
-        if unmeasured:
+        if away:
             how = _code("edgepack validate . --device ssh://user@device")
-            words.append(f"Not measured on a {target}: {_list(unmeasured)}.")
+            words.append(f"Not measured on a {target}: {_list(away)}.")
             words.append(f"Measure there, where edgepack is installed, with {how}.")
+        if here:
+            words.append(f"Not measured: {_list(here)}.")
         if unsure:
             words.append(f"Inconclusive: {_list(unsure)}.")
         met = sum(row.verdict == "pass" for row in gated)
@@ -137,6 +140,10 @@ def verdict(manifest: Mapping[str, Any], rows: Sequence[Measurement]) -> str:
     if not gated:
         return f"**Verdict: pass.** The profile {target} sets no budgets."
     return f"**Verdict: pass.** Every budget of {target} was measured and met ({len(gated)} of {len(gated)})."
+
+
+def _with_note(row: Measurement) -> str:
+    return f"{_label(row)} ({escape(row.note)})" if row.note else _label(row)
 
 
 def _missed(row: Measurement) -> str:

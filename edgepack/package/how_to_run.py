@@ -7,10 +7,12 @@ Ollama: a Modelfile with FROM, PARAMETER and LICENSE and no TEMPLATE, so that Ol
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
+_SHARD = re.compile(r"(?:.*/)?(?P<stem>[^/]+)-00001-of-\d{5}\.gguf")
 MAX_LICENCE_TEXT = 128 * 1024  # what a Modelfile carries; Ollama reads it whole
 
 
@@ -25,6 +27,8 @@ def sections(name: str, artifact: str, runtime: Mapping[str, Any]) -> list[tuple
     options = _llama_cpp_options(runtime)
     model = shlex.quote(artifact)
     short = _model_name(name)
+    single = shlex.quote(_single_file(artifact))
+    merge = "" if single == model else f"llama-gguf-split --merge {model} {single}  # it takes one file\n"
     if runtime.get("embedding"):
         llama_cpp = f'llama-embedding -m {model}{options} -p "a sentence"\nllama-server -m {model}{options} --embedding'
         ollama = f'ollama create {short} -f Modelfile\nollama run {short} "a sentence"'
@@ -34,8 +38,8 @@ def sections(name: str, artifact: str, runtime: Mapping[str, Any]) -> list[tuple
     return [
         ("llama.cpp", "sh", llama_cpp),
         ("llama-cpp-python", "python", _python(artifact, runtime)),
-        ("Ollama", "sh", ollama),
-        ("LM Studio", "sh", f"lms import {model} --user-repo edgepack/{short} --copy -y"),
+        ("Ollama", "sh", merge + ollama),
+        ("LM Studio", "sh", f"{merge}lms import {single} --user-repo edgepack/{short} --copy -y"),
     ]
 
 
@@ -47,7 +51,8 @@ def modelfile(artifact: str, runtime: Mapping[str, Any], licences: Mapping[str, 
         runtime: `runtime.json`; its context becomes `num_ctx`, because Ollama's own default depends on the machine.
         licences: The files of LICENSES/.
     """
-    lines = [f"FROM ./{artifact}"]
+    file = _single_file(artifact)
+    lines = [f"FROM {file}" if file.startswith("..") else f"FROM ./{file}"]
     if runtime.get("context"):
         lines.append(f"PARAMETER num_ctx {int(runtime['context'])}")
     for path in sorted(licences):
@@ -55,6 +60,15 @@ def modelfile(artifact: str, runtime: Mapping[str, Any], licences: Mapping[str, 
         if '"""' not in text and len(text) <= MAX_LICENCE_TEXT:  # three quotes would end the text
             lines.append(f'LICENSE """{text.strip()}\n"""')
     return ("\n".join(lines) + "\n").encode()
+
+
+def _single_file(artifact: str) -> str:
+    """The model as one file: itself, or what the shards are merged to, beside the package, which stays as it is.
+
+    Ollama imports no split GGUF (github.com/ollama/ollama/issues/5245); llama.cpp opens one by its first shard.
+    """
+    shard = _SHARD.fullmatch(artifact)
+    return f"../{shard['stem']}.gguf" if shard else artifact
 
 
 def _llama_cpp_options(runtime: Mapping[str, Any]) -> str:

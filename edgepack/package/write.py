@@ -196,7 +196,7 @@ def _created() -> str:
 def _without_path(pair: str) -> str:
     """An override as it may stand in a manifest: an importance matrix by its file name, never its path."""
     key, equals, value = pair.partition("=")
-    if key.strip() == "quantize.imatrix" and value.strip() != "none":
+    if key.strip() in ("quantize.imatrix", "quantize.calibration") and value.strip() != "none":
         return f"{key}{equals}{Path(value.strip()).name}"
     return pair
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgepack.checkpoint import open_checkpoint
 from edgepack.conform.logits import MAX_MEAN_KLD, MIN_COSINE, memory_bytes
 from edgepack.errors import ConformanceError, StepError
 from edgepack.gguf.convert import plan_layout, write
@@ -28,8 +30,9 @@ def model() -> ModelSpec:
     return describe(EXAMPLE)
 
 
-def compare(spec: ModelSpec, folder: Path, source: Path = EXAMPLE) -> dict:
-    (gguf,) = write(spec, plan_layout(spec, "F32"), folder, stem="reference", threads=2)
+def compare(spec: ModelSpec, folder: Path, source: Path = EXAMPLE, *, allow_nonfinite: bool = False) -> dict:
+    layout = plan_layout(spec, "F32")
+    (gguf,) = write(spec, layout, folder, stem="reference", threads=2, allow_nonfinite=allow_nonfinite)
     seen: list[tuple[int, int]] = []
     found = run(
         "edgepack.conform.logits:logits",
@@ -85,6 +88,28 @@ def test_another_models_source_is_a_difference(model: ModelSpec, tmp_path: Path)
     make(Case("Llama"), other, 3)
     with pytest.raises(ConformanceError, match=r"has 320 rows: they are not of one model"):
         compare(model, tmp_path, source=other)
+
+
+def test_a_source_whose_own_logits_are_nan_leaves_nothing_to_compare(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(EXAMPLE, source)
+    info = open_checkpoint(source).tensors["model.layers.0.mlp.down_proj.weight"]
+    with info.file.open("r+b") as file:
+        file.seek(info.offset)
+        file.write(b"\xc0\x7f")  # the bfloat16 NaN
+    found = compare(describe(source), tmp_path, source=source, allow_nonfinite=True)
+    assert found["compared"] is False
+    assert "the source's own logits are NaN or infinite" in found["note"]
+
+
+def test_a_nan_that_the_source_does_not_have_is_a_difference(model: ModelSpec, tmp_path: Path) -> None:
+    def poison(weight: np.ndarray) -> np.ndarray:
+        weight = weight.copy()
+        weight[0, 0] = np.nan
+        return weight
+
+    with pytest.raises(ConformanceError, match="KL divergence nan"):
+        compare(changed(model, "blk.0.ffn_down.weight", poison), tmp_path, allow_nonfinite=True)
 
 
 def test_a_file_llama_cpp_cannot_load_is_a_failed_step(model: ModelSpec, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_quantized_file_is_refused_with_its_types_and_the_way_out(tmp_path):
     }
     with pytest.raises(InputRefused, match=r"already quantized.*Q8_0 \(2\), F32 \(1\), Q4_0 \(1\)") as refusal:
         describe_gguf(make(tmp_path / "m.gguf", "llama", LLAMA, tensors))
-    assert "bring the float GGUF" in str(refusal.value.hint)
+    assert "Bring the float GGUF" in str(refusal.value.hint)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from llama_quantize import write_imatrix
 
-from edgepack.errors import InputRefused
+from edgepack.errors import InputRefused, UsageError
 from edgepack.gguf.imatrix import read_imatrix
 
 
@@ -60,6 +60,11 @@ def test_files_that_are_no_importance_matrix_are_refused(tmp_path: Path) -> None
     legacy.write_bytes((1).to_bytes(4, "little") + b"\x03\0\0\0abc" + bytes(64))
     with pytest.raises(InputRefused):
         read_imatrix(legacy)
+
+
+def test_a_matrix_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.gguf: no such importance matrix"):
+        read_imatrix(tmp_path / "nowhere.gguf")
 
 
 def test_half_a_pair_and_bad_numbers_are_refused(tmp_path: Path) -> None:

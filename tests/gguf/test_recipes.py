@@ -192,14 +192,14 @@ def test_the_most_literal_pattern_wins_in_any_order() -> None:
     ("overrides", "message", "hint"),
     [
         ({"ffn_dwon": "Q8_0"}, "matches no tensor", "ffn_down"),
-        ({"blk.9": "Q8_0"}, "matches no tensor", "did you mean 'blk."),
+        ({"blk.9": "Q8_0"}, "matches no tensor", "Did you mean 'blk."),
         ({"zzz": "Q8_0"}, "matches no tensor", "attn_k, attn_output, attn_q, attn_v, ffn_down"),
         ({"output": "Q8_0"}, "matches no tensor", "attn_output"),
-        ({"attn_norm": "Q8_0"}, "only tensors that stay F32", "norms"),
+        ({"attn_norm": "Q8_0"}, "only tensors that stay F32", "Norms"),
         ({"attn_v": "Q8_1"}, "'Q8_1' is not a tensor type", "Q8_0"),
         ({"attn_v": "Q4KM"}, "'Q4KM' is not a tensor type", "Q4_K"),
-        ({"ffn_down": "IQ3_XXS"}, "needs an importance matrix", "quantize.imatrix"),
-        ({"token_embd": "IQ2_XXS"}, "needs an importance matrix: token_embd.weight", "quantize.imatrix"),
+        ({"ffn_down": "IQ3_XXS"}, "needs an importance matrix", "--calibration"),
+        ({"token_embd": "IQ2_XXS"}, "needs an importance matrix: token_embd.weight", "--calibration"),
         ({"blk.0.attn_?": "Q8_0", "blk.?.attn_v": "Q6_K"}, "both select blk.0.attn_v.weight", "longer"),
     ],
 )

@@ -61,7 +61,7 @@ def test_quantiles_of_few_samples_say_so(rows: dict[str, dict[str, Any]]) -> Non
     assert "few samples: 3" in rows["ttft_ms_p90"]["note"]
     assert "few samples: 30" in rows["decode_tokens_per_s_p10"]["note"]
     assert "note" not in rows["ttft_ms_p50"]
-    many = module._rows([Run(10.0, 11.0, (2.0,) * 60)] * 50, 100)
+    many = module.speed_rows([Run(10.0, 11.0, (2.0,) * 60)] * 50, 100)
     assert [row.note for row in many] == [None] * len(many)
 
 
@@ -74,12 +74,12 @@ def test_peak_memory_holds_the_model_and_states_pythons_share(rows: dict[str, di
 
 def test_decode_speed_leaves_the_first_token_out_and_slow_tokens_show() -> None:
     runs = [Run(prefill_ms=100.0, ttft_ms=101.0, token_ms=(2.0,) * 8 + (10.0,) * 2) for _ in range(3)]
-    values = {row.name: row.value for row in module._rows(runs, 50)}
+    values = {row.name: row.value for row in module.speed_rows(runs, 50)}
     assert values["prefill_tokens_per_s"] == 500
     assert values["ttft_ms_p50"] == values["ttft_ms_p90"] == 101
     assert values["decode_tokens_per_s_p50"] == 500
     assert values["decode_tokens_per_s_p10"] == 100
-    row = next(row for row in module._rows(runs, 50) if row.name == "decode_tokens_per_s_p50")
+    row = next(row for row in module.speed_rows(runs, 50) if row.name == "decode_tokens_per_s_p50")
     assert row.extra["mean"] == row.extra["median_of_runs"] == pytest.approx(1000 / 3.6, rel=1e-4)
 
 
@@ -88,7 +88,7 @@ def test_quantiles_are_those_of_numpy() -> None:
     runs = [
         Run(float(a), float(b), tuple(c)) for a, b, c in zip(*random.gamma(9, 1, (2, 60)), random.gamma(9, 1, (60, 4)))
     ]
-    values = {row.name: row.value for row in module._rows(runs, 10)}
+    values = {row.name: row.value for row in module.speed_rows(runs, 10)}
     times = np.concatenate([run.token_ms for run in runs])
     assert values["ttft_ms_p90"] == pytest.approx(np.quantile([run.ttft_ms for run in runs], 0.9), abs=1e-4)
     assert values["decode_tokens_per_s_p10"] == pytest.approx(1000 / np.quantile(times, 0.9), rel=1e-5)

@@ -31,6 +31,14 @@ def test_an_incomplete_card_says_first_what_was_not_measured_and_on_what(tmp_pat
     assert "Measured and met: 2 of 5 budgets." in first
 
 
+def test_what_the_device_could_not_tell_either_is_given_its_reason(tmp_path):
+    note = "its measurement is switched off in the profile"
+    rows = [judge(Measurement("mean_kld", None, "nats/token", measured_on=None, note=note), {"max": 0.05})]
+    first = readme(tmp_path, measurements=rows).splitlines()[2]
+    assert f"Not measured: KL divergence from the source, mean ({note})." in first
+    assert "ssh://" not in first
+
+
 def test_a_fail_says_first_which_budget_and_by_how_much(tmp_path):
     first = readme(tmp_path, mean_kld=0.2).splitlines()[2]
     assert first.startswith(
@@ -122,6 +130,20 @@ def test_every_runtime_is_told_how_to_run_it(tmp_path):
     assert "n_gpu_layers=-1" in text
     assert "ollama create tiny-llama-5m-jetson -f Modelfile" in text
     assert "lms import" in text
+
+
+def test_shards_are_merged_beside_the_package_for_runtimes_that_take_one_file(tmp_path):
+    def shards(model):
+        for number in (1, 2):
+            (model / f"m-Q8_0-0000{number}-of-00002.gguf").write_bytes(b"GGUF")
+
+    package = make(tmp_path / "p", artifact=shards)
+    text = (package.path / "README.md").read_text()
+    first = "model/m-Q8_0-00001-of-00002.gguf"
+    assert f"llama-cli -m {first}" in text
+    assert text.count(f"llama-gguf-split --merge {first} ../m-Q8_0.gguf") == 2
+    assert "lms import ../m-Q8_0.gguf" in text
+    assert (package.path / "Modelfile").read_text().startswith("FROM ../m-Q8_0.gguf\n")
 
 
 def test_the_python_in_the_card_is_python(tmp_path):
