@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from edgepack.backend import Candidate, Described
+from edgepack.backend import Backend, Candidate, Described
 from edgepack.errors import InputRefused
 from edgepack.onnx import decoder_steps, encoder_steps
 
@@ -33,7 +32,7 @@ def describe(source: Source, target: Target) -> Described:
         )
     from edgepack.planning import is_encoder
 
-    return (encoder_steps if is_encoder(source) else decoder_steps).describe(source, target)
+    return _side(is_encoder(source)).describe(source, target)
 
 
 def names(described: Described, target: Target) -> Sequence[str]:
@@ -97,9 +96,8 @@ def toolchain(exported: Exported) -> dict[str, Any]:
     return {name: version(name) for name in names}
 
 
-def _side(embedding: bool) -> Any:
-    side: ModuleType = encoder_steps if embedding else decoder_steps
-    return side
+def _side(embedding: bool) -> Backend:
+    return cast("Backend", encoder_steps if embedding else decoder_steps)
 
 
 def _is_decoder(artifact: Path) -> bool:

@@ -214,7 +214,7 @@ def _export(
     _set_context(folder / CONFIG, settings["context"])
     graph = take_apart(drawing.model)
     found = matrices(graph)
-    chosen, ready, calibration = _choose(checkpoint, found, recipe, provider, settings, drawing.deferred)
+    chosen, ready, calibration = _choose(checkpoint, found, recipe, provider, settings, drawing.deferred, _rest(graph, found))
     tensors, pairs = replace(graph, chosen, provider)
     slots, data_bytes = lay_out(tensors)
     with create(folder / DATA, data_bytes) as file:
@@ -268,6 +268,7 @@ def _choose(
     provider: str,
     settings: Mapping[str, Any],
     deferred: bool,
+    rest: int,
 ) -> tuple[dict[str, tuple[Matrix, Format]], dict[str, Quantized], dict[str, Any] | None]:
     """A format for every matrix that gets one, codes that are made already, and what calibration found."""
     from edgepack.onnx.decoder_graph import quantizable
@@ -281,7 +282,8 @@ def _choose(
                 f"{checkpoint.path}: calibration needs weights under the names transformers gives them",
                 hint="Use --quantize int4.",
             )
-        return calibrated(checkpoint, found, provider, settings)
+        budget = int(settings["bits_per_weight"] * checkpoint.parameters / 8) - rest
+        return calibrated(checkpoint, found, provider, settings, budget)
     chosen = {}
     for matrix in found:
         form = {"head": recipe.head, "embedding and head": recipe.head, "embedding": recipe.embedding}.get(
@@ -290,6 +292,20 @@ def _choose(
         if form is not None and quantizable(matrix, Format(*form), provider):
             chosen[matrix.name] = (matrix, Format(*form))
     return chosen, {}, None
+
+
+def _rest(graph: DecoderGraph, found: Sequence[Matrix]) -> int:
+    """Bytes of everything that is no matrix: graph, norms, rotary caches."""
+    matrices = {matrix.name for matrix in found}
+    read = {reader for matrix in found for reader in (matrix.product, matrix.lookup) if reader}
+    names = {name for node in graph.proto.graph.node if node.name not in read for name in node.input}
+    plain = sum(
+        values.numel() * values.element_size()
+        for name, (_, values) in graph.stored.items()
+        if name in names and name not in matrices
+    )
+    # Each matrix adds two initializers, a node and a cast to the graph: about 600 bytes of names and numbers.
+    return plain + int(graph.proto.ByteSize()) + 600 * len(found)
 
 
 def _weights(stored: Stored) -> int:

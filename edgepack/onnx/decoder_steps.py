@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,15 @@ from edgepack.worker import run
 from edgepack.workshop import Exported, Workshop, keyed, machine_facts, refuse_changed, sha256, stamps
 
 if TYPE_CHECKING:
+    from edgepack.checkpoint import Checkpoint
     from edgepack.planning import Plan
     from edgepack.source import Source
     from edgepack.targets import Target
 
+# Best first: what the plan tries against the budgets.
+AUTO = ("int8", "int4-mixed", "int4", "int4-small")
+# Graph and genai_config.json of a small model.
+GRAPH_BYTES = 150_000
 # onnxruntime-genai, its libraries and the process that drives them.
 RUNTIME_MB = 120
 # The providers ORT GenAI names, by what onnxruntime calls them.
@@ -32,33 +38,29 @@ PROVIDERS: Mapping[str, str] = {
 def describe(source: Source, target: Target) -> Described:
     """The decoder, if ORT GenAI has a graph for it."""
     from edgepack.checkpoint import open_checkpoint
-    from edgepack.onnx.decoder import describe_decoder
+    from edgepack.onnx.genai_builder import check_architecture
 
     checkpoint = open_checkpoint(source.path)
-    facts = describe_decoder(checkpoint)
+    check_architecture(checkpoint)
+    positions = int(checkpoint.config.get("max_position_embeddings") or target.runtime.context)
     return Described(
-        architecture=facts.architecture,
+        architecture=str(checkpoint.config["architectures"][0]),
         parameters=checkpoint.parameters,
-        context=min(target.runtime.context, facts.context_length),
+        context=min(target.runtime.context, positions),
         embedding=False,
-        model=facts,
+        model=checkpoint,
     )
 
 
 def names(described: Described, target: Target) -> Sequence[str]:
     """Recipes, best first."""
-    from edgepack.onnx.decoder import AUTO
-
     return AUTO
 
 
 def candidate(described: Described, source: Source, target: Target, quantize: str) -> Candidate:
     """A recipe and its predicted size, memory and speed."""
-    from edgepack.onnx.decoder import predicted_bytes
-
-    facts = described.model
-    size = predicted_bytes(facts, quantize)
-    kv = facts.kv_bytes(described.context)
+    size = _stored_bytes(described.model, quantize)
+    kv = _cache_bytes(described.model.config, described.context)
     bandwidth = target.device.memory_bandwidth_gbs * target.device.bandwidth_efficiency * 1e9
     speed = bandwidth / (size + kv / 2) if bandwidth > 0 else None
     ram = (size + kv) / MB + RUNTIME_MB
@@ -67,12 +69,41 @@ def candidate(described: Described, source: Source, target: Target, quantize: st
     return Candidate(quantize, Prediction(size, bits, ram, kv / MB, 0.0, speed, bounds, exact=False))
 
 
+def _stored_bytes(checkpoint: Checkpoint, quantize: str) -> int:
+    """Bytes of graph and weights: matrices with a float32 scale per block, vectors in float32."""
+    from edgepack.onnx.decoder import RECIPES, check_recipe
+
+    check_recipe(quantize, "cpu")
+    recipe = RECIPES[quantize]
+    tied = "lm_head.weight" not in checkpoint.tensors
+    size = GRAPH_BYTES
+    for name, info in checkpoint.tensors.items():
+        is_table = name.endswith("embed_tokens.weight")
+        stored = recipe.head if name == "lm_head.weight" or (is_table and tied) else recipe.body
+        stored = recipe.embedding if is_table and not tied else stored
+        weights = math.prod(info.shape)
+        size += (
+            weights * 4
+            if len(info.shape) < 2 or stored is None
+            else weights * stored[0] // 8 + 4 * weights // stored[1]
+        )
+    return size
+
+
+def _cache_bytes(config: Mapping[str, Any], context: int) -> int:
+    """The key-value cache, float32 on a CPU."""
+    heads = int(config["num_attention_heads"])
+    width = int(config.get("head_dim") or config["hidden_size"] // heads)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    return 2 * int(config["num_hidden_layers"]) * kv_heads * width * context * 4
+
+
 def export(shop: Workshop, source: Source, plan: Plan, stem: str) -> Exported:
     """Write model.onnx, its weights, genai_config.json and the tokenizer: one streaming pass."""
     options = {
         "recipe": plan.quantize,
         "provider": PROVIDERS.get(plan.target.onnx.provider, plan.target.onnx.provider),
-        "options": {"context": plan.context},
+        "options": {"context": plan.context, "threads": shop.threads},
     }
     with step(shop.listener, "export", f"{stem}", unit="parts") as handle:
 
@@ -207,7 +238,7 @@ def tokenizer(source: Source, exported: Exported) -> dict[str, bytes]:
 
 def recipe(exported: Exported) -> dict[str, Any]:
     """What came of the options, for the manifest."""
-    keys = ("recipe", "provider", "bytes_by_part", "bits_by_part", "algorithm", "options", "kept")
+    keys = ("recipe", "provider", "bytes_by_part", "formats", "weights_by_format", "calibration")
     return {key: exported.report[key] for key in keys if exported.report.get(key) is not None}
 
 

@@ -38,6 +38,7 @@ class Deferred(torch.Tensor):
     _leaf: TensorInfo | None  # the checkpoint's tensor, when this is one, transposed or not
     _transposed: bool
     _uncast: Deferred  # the same values before the last change of type; itself when there was none
+    _sources: tuple[str, ...]  # names of the checkpoint's tensors it is made of, in the order they came in
 
     @staticmethod
     def __new__(
@@ -46,6 +47,7 @@ class Deferred(torch.Tensor):
         compute: Callable[[], torch.Tensor],
         leaf: TensorInfo | None = None,
         transposed: bool = False,
+        sources: tuple[str, ...] = (),
     ) -> Deferred:
         """Wrap a meta tensor and the way to its values."""
         made: Deferred = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
@@ -53,6 +55,7 @@ class Deferred(torch.Tensor):
         )
         made._shadow, made._compute, made._leaf, made._transposed = shadow, compute, leaf, transposed
         made._uncast = made
+        made._sources = (leaf.name,) if leaf is not None else sources
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -71,17 +74,23 @@ class Deferred(torch.Tensor):
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation on the meta device and note it down."""
         kwargs = kwargs or {}
-        shadows = function(*_map(args, _shadow_of), **_map({**kwargs, "device": "meta"} if "device" in kwargs else kwargs, _shadow_of))
+        on_meta = kwargs | ({"device": "meta"} if "device" in kwargs else {})
+        shadows = function(*_map(args, _shadow_of), **_map(on_meta, _shadow_of))
 
         def compute() -> Any:
             return function(*_map(args, materialize), **_map(kwargs, materialize))
 
+        names: list[str] = []
+        _map((args, kwargs), lambda value: names.extend(sources(value)) or value)
+        made_of = tuple(dict.fromkeys(names))
         if isinstance(shadows, torch.Tensor):
-            made = cls(shadows, compute, *_origin(function, args, shadows))
+            made = cls(shadows, compute, *_origin(function, args, shadows), made_of)
             if function._schema.name == "aten::_to_copy" and isinstance(args[0], Deferred):
                 made._uncast = args[0]._uncast
             return made
-        return type(shadows)(cls(shadow, lambda i=i: compute()[i]) for i, shadow in enumerate(shadows))
+        return type(shadows)(
+            cls(shadow, lambda i=i: compute()[i], sources=made_of) for i, shadow in enumerate(shadows)
+        )
 
 
 def leaf(info: TensorInfo, shape: tuple[int, ...] | None = None) -> Deferred:
@@ -97,7 +106,8 @@ def leaf(info: TensorInfo, shape: tuple[int, ...] | None = None) -> Deferred:
         rows = int(np.prod(info.shape[:-1])) if info.shape else 1
         return torch.from_numpy(read_float32(info, 0, rows)).reshape(shape)
 
-    return Deferred(torch.empty(shape, device="meta", dtype=torch.float32), read, info if len(shape) == 2 else None)
+    whole = info if len(shape) == 2 and shape == info.shape else None
+    return Deferred(torch.empty(shape, device="meta", dtype=torch.float32), read, whole, sources=(info.name,))
 
 
 def materialize(value: Any) -> Any:
@@ -108,6 +118,11 @@ def materialize(value: Any) -> Any:
 def without_casts(tensor: torch.Tensor) -> torch.Tensor:
     """A deferred tensor as it was before its type was changed last; any other tensor as it is."""
     return tensor._uncast if isinstance(tensor, Deferred) else tensor
+
+
+def sources(value: Any) -> tuple[str, ...]:
+    """Names of the checkpoint's tensors that a deferred one is made of; none for anything else."""
+    return value._sources if isinstance(value, Deferred) else ()
 
 
 def identity(tensor: torch.Tensor) -> tuple[str, int] | None:

@@ -1,0 +1,128 @@
+"""Formats and codes of a decoder's matrices, chosen with a calibration text.
+
+Every matrix is quantized with column feedback (`column_feedback.py`) in each 4-bit format, and its cost predicted from
+the error that remains: half of sum_n g_n d_n H d_n^T, d_n the error of row n, H and g from `activation_statistics.py`.
+`mixed_precision.py` then spends the bytes. A matrix that is the embedding as well also pays for the error of the rows
+it looks up. Matrices without statistics (no linear layer of transformers reads them) get 8 bits.
+
+The calibration text is never the evaluation text (`edgepack/text.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgepack.checkpoint import Checkpoint
+from edgepack.errors import InputRefused
+from edgepack.onnx.activation_statistics import Collector, groups, linear_layers, load_model
+from edgepack.onnx.column_feedback import inverse_factor, quantize_columns
+from edgepack.onnx.decoder_graph import Matrix, quantizable
+from edgepack.onnx.deferred import materialize, sources
+from edgepack.onnx.matmul_nbits import Format, Quantized, quantize
+from edgepack.onnx.mixed_precision import Choice, choose
+from edgepack.text import WINDOW_TOKENS, default_calibration_text, read_text, text_sha256, windows
+
+# What a matrix may be stored in, per provider class. Blocks of 16 have no KleidiAI kernel: they are left out.
+_FORMATS = (Format(4, 32), Format(8, 32))
+
+
+def calibrated(
+    checkpoint: Checkpoint, found: Sequence[Matrix], provider: str, settings: Mapping[str, Any], budget: int
+) -> tuple[dict[str, tuple[Matrix, Format]], dict[str, Quantized], dict[str, Any]]:
+    """Choose a format for every matrix and make the codes of those with 4 bits.
+
+    Args:
+        checkpoint: The model.
+        found: Its matrices.
+        provider: As the builder names it.
+        settings: `threads`, `calibration`, `windows`.
+        budget: Bytes for all matrices.
+
+    Returns:
+        Matrix name -> matrix and format; codes that are made; what the report says of the calibration.
+
+    Raises:
+        InputRefused: No tokenizer, a text that is too short, weights that are not finite.
+        BudgetError: The budget is below 4 bits.
+        StepError: The model gives NaN on the text.
+    """
+    path = Path(settings["calibration"]) if settings["calibration"] else default_calibration_text()
+    text = read_text(path)
+    pieces = windows(_tokens(checkpoint.path, text), WINDOW_TOKENS, settings["windows"])
+    model = load_model(checkpoint.path, settings["threads"])
+    layers = linear_layers(model, {name for matrix in found for name in sources(matrix.weights)})
+    collector = Collector(model, pieces)
+    gradients, lookups = collector.gradients(layers)
+    options: dict[str, list[Choice[Format]]] = {}
+    codes: dict[tuple[str, Format], Quantized] = {}
+    torch.set_num_threads(settings["threads"])
+    for part in groups(layers):
+        moments = collector.moments(part)
+        for matrix in found:
+            names = sources(matrix.weights)
+            if names and names[0] in moments and matrix.name not in options:
+                outputs = _outputs(matrix, [gradients[name] for name in names if name in gradients])
+                options[matrix.name] = list(
+                    _priced(matrix, moments[names[0]], outputs, lookups, provider, codes)
+                )
+    del model
+    for matrix in found:
+        if matrix.name not in options:
+            options[matrix.name] = [Choice(Format(8, 32), Format(8, 32).nbytes(matrix.rows, matrix.width), 0.0)]
+    chosen = choose(options, budget)
+    kept = {name: codes[name, choice.form] for name, choice in chosen.items() if (name, choice.form) in codes}
+    by_name = {matrix.name: matrix for matrix in found}
+    report = {
+        "text_sha256": text_sha256(text),
+        "windows": len(pieces),
+        "window_tokens": WINDOW_TOKENS,
+        "predicted_kld": sum(choice.cost for choice in chosen.values()),
+    }
+    return {name: (by_name[name], choice.form) for name, choice in chosen.items()}, kept, report
+
+
+def _priced(
+    matrix: Matrix,
+    moments: torch.Tensor,
+    outputs: torch.Tensor,
+    lookups: torch.Tensor,
+    provider: str,
+    codes: dict[tuple[str, Format], Quantized],
+) -> Any:
+    """Bytes and cost of a matrix in each format it can be stored in; keeps the codes of those with feedback."""
+    weights = materialize(matrix.weights).to(torch.float32).contiguous()
+    factor = None
+    for form in _FORMATS:
+        if not quantizable(matrix, form, provider):
+            continue
+        if form.bits == 4 and matrix.width % form.block == 0:
+            factor = inverse_factor(moments) if factor is None else factor
+            made = codes[matrix.name, form] = quantize_columns(weights, factor, form, where=matrix.name)
+        else:
+            made = quantize(weights, form, where=matrix.name)
+        error = made.dequantize() - weights
+        cost = 0.5 * float(outputs @ ((error @ moments) * error).sum(1))
+        if matrix.lookup is not None:
+            cost += 0.5 * float(error.square().mean(0) @ lookups)
+        yield Choice(form, form.nbytes(matrix.rows, matrix.width), cost)
+
+
+def _outputs(matrix: Matrix, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Squared gradients of the outputs: those of the parts joined, or their mean where only a share of them is read."""
+    joined = torch.cat(list(parts))
+    return joined if len(joined) == matrix.rows else joined.mean().expand(matrix.rows)
+
+
+def _tokens(folder: Path, text: str) -> list[int]:
+    from edgepack.conform.tokens import load_tokenizer
+    from edgepack.strict_json import parse_object
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise InputRefused(f"{folder}: no tokenizer.json; calibration reads a text with it")
+    tokenizer = load_tokenizer(parse_object(path.read_bytes(), str(path)), str(path))
+    return list(tokenizer.encode(text).ids)
