@@ -101,7 +101,7 @@ def generate(*, artifact: str, threads: int, progress: Progress = no_progress) -
     from edgepack.runtimes.genai import Decoder
 
     found = []
-    with Decoder(artifact, threads=threads) as decoder:
+    with Decoder(artifact, threads=threads, spinning=False) as decoder:
         tokenizer = decoder.tokenizer()
         for done, prompt in enumerate(PROMPTS, 1):
             prompt_ids = [int(token) for token in tokenizer.encode(prompt)]

@@ -113,7 +113,6 @@ class Collector:
                 progress(done, len(self._windows))
         return {name: total / self._tokens for name, total in sums.items()}, embedding / self._tokens
 
-    @torch.no_grad()
     def moments(self, layers: dict[str, Any], progress: Progress = no_progress) -> dict[str, torch.Tensor]:
         """Second moments of the inputs of layers; layers that are given the same tensor share one."""
         found: dict[str, torch.Tensor] = {}
@@ -130,7 +129,7 @@ class Collector:
 
             return seen
 
-        with _hooks({name: (layer, watch(name)) for name, layer in layers.items()}):
+        with torch.no_grad(), _hooks({name: (layer, watch(name)) for name, layer in layers.items()}):
             for done, ids in enumerate(self._windows, 1):
                 last[:] = [None, None]
                 self._model(ids[None], use_cache=False)

@@ -7,11 +7,12 @@ weights have no zero points), accuracy levels in the same place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
+from edgepack.onnx.dynamic import matrix_name
 from edgepack.onnx.integers import by_block
 from edgepack.onnx.rewrite import MICROSOFT, Graph, Product
 
@@ -20,7 +21,9 @@ from edgepack.onnx.rewrite import MICROSOFT, Graph, Product
 _ACCURACY_LEVEL = 4
 
 
-def quantize_blocks(graph: Graph, products: Sequence[Product], *, bits: int, block: int) -> None:
+def quantize_blocks(
+    graph: Graph, products: Sequence[Product], *, bits: int, block: int, finer: Collection[str] = ()
+) -> None:
     """Replace products by MatMulNBits, in place.
 
     Args:
@@ -28,25 +31,27 @@ def quantize_blocks(graph: Graph, products: Sequence[Product], *, bits: int, blo
         products: What to quantize.
         bits: 4 or 8.
         block: Weights along the input that share a scale.
+        finer: Nodes that get 8 bits.
     """
     graph.need(MICROSOFT, 1)
-    graph.replace({product.node: _nodes(graph, product, bits, block) for product in products})
+    graph.replace(
+        {product.node: _nodes(graph, product, 8 if product.node in finer else bits, block) for product in products}
+    )
 
 
 def _nodes(graph: Graph, product: Product, bits: int, block: int) -> list[Any]:
     from onnx import helper
 
-    packed, scale = by_block(np.ascontiguousarray(graph.matrix(product).T), bits=bits, block=block)
-    name = product.weight + ("/transposed" if product.transposed else "")
-    inputs = [
-        product.input,
-        graph.store(f"{name}/int{bits}", packed),
-        graph.store(f"{name}/scale", scale.reshape(-1)),
-    ]
+    name = f"{matrix_name(product, smoothed=False)}/blocks{block}/int{bits}"
+    names = name, f"{name}/scale"
+    if not graph.recall(*names):
+        packed, scale = by_block(np.ascontiguousarray(graph.matrix(product).T), bits=bits, block=block)
+        graph.store(names[0], packed)
+        graph.store(names[1], scale.reshape(-1))
     output = f"{product.node}/y" if product.bias else product.output
     node = helper.make_node(
         "MatMulNBits",
-        inputs,
+        [product.input, *names],
         [output],
         name=f"{product.node}/int{bits}",
         domain=MICROSOFT,

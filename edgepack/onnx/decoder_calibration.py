@@ -66,9 +66,7 @@ def calibrated(
             names = sources(matrix.weights)
             if names and names[0] in moments and matrix.name not in options:
                 outputs = _outputs(matrix, [gradients[name] for name in names if name in gradients])
-                options[matrix.name] = list(
-                    _priced(matrix, moments[names[0]], outputs, lookups, provider, codes)
-                )
+                options[matrix.name] = list(_priced(matrix, moments[names[0]], outputs, lookups, provider, codes))
     del model
     for matrix in found:
         if matrix.name not in options:

@@ -166,6 +166,7 @@ class Stored:
         kind: TensorProto.DataType.
         shape: Of the initializer.
         nbytes: In the file.
+        weights: How many it stands for, as progress counts them: none for scales.
         part: What it belongs to, for reports.
         values: What to write; None for what is quantized while it is written.
     """
@@ -174,6 +175,7 @@ class Stored:
     kind: int
     shape: tuple[int, ...]
     nbytes: int
+    weights: int
     part: str
     values: torch.Tensor | None
 
@@ -235,7 +237,7 @@ def replace(
 
 
 def as_stored(codes: torch.Tensor, kind: int) -> torch.Tensor:
-    """Packed codes as an initializer of that type holds them: int4 is two's complement, uint8 counts from the bottom."""
+    """Packed codes as an initializer of that type holds them; int4 is two's complement, uint8 counts from -8."""
     return codes ^ 0x88 if kind == _INT4 else codes
 
 
@@ -254,19 +256,23 @@ def _stored(
         if name in read:
             shape = tuple(int(size) for size in values.shape)
             nbytes = values.numel() * {_FLOAT: 4, _FLOAT16: 2}.get(kind, values.element_size())
-            found.append(Stored(name, kind, shape, nbytes, part_of(name), values))
+            found.append(Stored(name, kind, shape, nbytes, values.numel(), part_of(name), values))
     return found
 
 
 def _pair(matrix: Matrix, form: Format, provider: str) -> tuple[Stored, Stored]:
     blocks = form.blocks(matrix.width)
-    kind, shape = _UINT8, (matrix.rows, blocks, form.block * form.bits // 8)
+    shape: tuple[int, ...]
     if provider == "NvTensorRtRtx":
         kind, shape = _INT4, (matrix.rows, matrix.width)
-    name = f"{matrix.name}_Q{form.bits}G{form.block}"
+    else:
+        kind, shape = _UINT8, (matrix.rows, blocks, form.block * form.bits // 8)
+    names = (f"{matrix.name}_Q{form.bits}G{form.block}", f"{matrix.name}_scales")
+    nbytes = (matrix.rows * form.row_bytes(matrix.width), matrix.rows * form.scale_bytes(matrix.width))
+    weights = matrix.rows * blocks * form.block
     return (
-        Stored(name, kind, shape, matrix.rows * form.row_bytes(matrix.width), matrix.part, None),
-        Stored(f"{matrix.name}_scales", _FLOAT16, (matrix.rows, blocks), 2 * matrix.rows * blocks, matrix.part, None),
+        Stored(names[0], kind, shape, nbytes[0], weights, matrix.part, None),
+        Stored(names[1], _FLOAT16, (matrix.rows, blocks), nbytes[1], 0, matrix.part, None),
     )
 
 

@@ -13,6 +13,7 @@ torch docs, "Extending torch with a Tensor-like type", `__torch_dispatch__` wrap
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ _TRANSPOSES = {"aten::t", "aten::transpose.int", "aten::permute", "aten::numpy_T
 _VALUES = {"numpy", "tolist", "item", "__array__", "__float__", "__int__", "__bool__", "cpu_numpy"}
 
 
-class Deferred(torch.Tensor):
+class Deferred(torch.Tensor):  # type: ignore[misc]
     """A tensor whose values are in a checkpoint, or follow from such tensors by recorded operations."""
 
     _shadow: torch.Tensor  # on the meta device: shape, strides and dtype
@@ -50,7 +51,7 @@ class Deferred(torch.Tensor):
         sources: tuple[str, ...] = (),
     ) -> Deferred:
         """Wrap a meta tensor and the way to its values."""
-        made: Deferred = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Deferred = torch.Tensor._make_wrapper_subclass(
             cls, shadow.shape, strides=shadow.stride(), dtype=shadow.dtype, device="cpu", requires_grad=False
         )
         made._shadow, made._compute, made._leaf, made._transposed = shadow, compute, leaf, transposed
@@ -80,17 +81,18 @@ class Deferred(torch.Tensor):
         def compute() -> Any:
             return function(*_map(args, materialize), **_map(kwargs, materialize))
 
-        names: list[str] = []
-        _map((args, kwargs), lambda value: names.extend(sources(value)) or value)
-        made_of = tuple(dict.fromkeys(names))
+        made_of = tuple(dict.fromkeys(_names([args, kwargs])))
         if isinstance(shadows, torch.Tensor):
             made = cls(shadows, compute, *_origin(function, args, shadows), made_of)
             if function._schema.name == "aten::_to_copy" and isinstance(args[0], Deferred):
                 made._uncast = args[0]._uncast
             return made
-        return type(shadows)(
-            cls(shadow, lambda i=i: compute()[i], sources=made_of) for i, shadow in enumerate(shadows)
-        )
+
+        def part(place: int) -> Any:
+            return compute()[place]
+
+        made_parts = (cls(shadow, partial(part, at), sources=made_of) for at, shadow in enumerate(shadows))
+        return type(shadows)(made_parts)
 
 
 def leaf(info: TensorInfo, shape: tuple[int, ...] | None = None) -> Deferred:
@@ -190,6 +192,15 @@ def _shadow_of(value: Any) -> Any:
     if isinstance(value, Deferred):
         return value._shadow
     return value.to("meta") if isinstance(value, torch.Tensor) and value.ndim else value
+
+
+def _names(value: Any) -> list[str]:
+    """Sources of the tensors in nested arguments, in order."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [name for item in value for name in _names(item)]
+    return list(sources(value))
 
 
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:

@@ -12,8 +12,8 @@ from leaving a product in float32:
   products.
 - Weights that can't saturate (`integers.py`).
 
-Source: onnx operators DynamicQuantizeLinear 11, MatMulInteger 10, DequantizeLinear 10; the shape of the subgraph is that
-of onnxruntime's quantize_dynamic (quantization/operators/matmul.py), which its fusions expect.
+Source: onnx operators DynamicQuantizeLinear 11, MatMulInteger 10, DequantizeLinear 10; the subgraph has the form of
+onnxruntime's quantize_dynamic (quantization/operators/matmul.py), which its fusions expect.
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ def quantize_products(
     graph.replace(replacements)
 
 
+def matrix_name(product: Product, *, smoothed: bool) -> str:
+    """What a product's matrix is called when it was turned into [inputs, outputs] and multiplied by factors."""
+    return product.weight + ("/transposed" if product.transposed else "") + ("/smoothed" if smoothed else "")
+
+
 def smooth(graph: Graph, value: str, factor: Floats, readers: Sequence[Product]) -> tuple[str, list[Any]]:
     """Divide an activation by a factor per channel, for some of its readers.
 
@@ -73,7 +78,7 @@ def smooth(graph: Graph, value: str, factor: Floats, readers: Sequence[Product])
     if maker is not None and maker.op_type == "LayerNormalization" and alone:
         for place in range(1, len(maker.input)):
             if maker.input[place]:
-                name = f"{value}/{('weight', 'bias')[place - 1]}"
+                name = f"{value}/smooth/{('weight', 'bias')[place - 1]}"
                 maker.input[place] = graph.store(name, graph.array(maker.input[place]) / factor)
         return value, []
     divisor = graph.store(f"{value}/smooth", (np.float32(1) / factor).astype(np.float32))
@@ -83,15 +88,14 @@ def smooth(graph: Graph, value: str, factor: Floats, readers: Sequence[Product])
 
 def _store_weight(graph: Graph, product: Product, factor: Floats | None, pair_safe: bool) -> tuple[str, str, str]:
     """Integers, scales and zero points of a matrix; their names."""
-    weight = graph.matrix(product)
-    integers, scale = by_output(weight if factor is None else weight * factor[:, None], pair_safe=pair_safe)
-    name = product.weight + ("/transposed" if product.transposed else "")
-    return (
-        graph.store(f"{name}/int8", integers),
-        graph.store(f"{name}/scale", scale),
-        # Quantize_dynamic's graphs have them too: without, onnxruntime does not fuse a scale per output.
-        graph.store(f"zero_points/{len(scale)}", np.zeros(len(scale), np.int8)),
-    )
+    name = matrix_name(product, smoothed=factor is not None)
+    names = f"{name}/int8", f"{name}/int8/scale", f"zero_points/{product.shape[1]}"  # onnxruntime's fusion wants zeros
+    if not graph.recall(*names):
+        weight = graph.matrix(product)
+        integers, scale = by_output(weight if factor is None else weight * factor[:, None], pair_safe=pair_safe)
+        for stored, values in zip(names, (integers, scale, np.zeros(len(scale), np.int8)), strict=True):
+            graph.store(stored, values)
+    return names
 
 
 def _quantize_input(

@@ -21,7 +21,14 @@ _FLOAT, _INT4 = 1, 22  # TensorProto.DataType
 _SIGN = 0x88  # turns both halves of a byte from "8 means zero" into two's complement
 
 
-def quantize_tables(graph: Graph, *, bits: int, block: int, keep: Collection[str] = ()) -> list[str]:
+def large_tables(graph: Graph) -> list[Table]:
+    """Embeddings worth quantizing."""
+    return [table for table in graph.tables() if np.prod(table.shape) >= _SMALLEST]
+
+
+def quantize_tables(
+    graph: Graph, *, bits: int, block: int, keep: Collection[str] = (), finer: Collection[str] = ()
+) -> list[str]:
     """Replace embedding lookups, in place.
 
     Args:
@@ -29,15 +36,16 @@ def quantize_tables(graph: Graph, *, bits: int, block: int, keep: Collection[str
         bits: 8 or 4; rows of odd width get 8.
         block: Weights that share a scale, for 4 bits: a power of two from 16.
         keep: Nodes left as they are.
+        finer: Nodes that get 8 bits.
 
     Returns:
         Names of the nodes that were replaced.
     """
-    chosen = [table for table in graph.tables() if table.node not in keep and np.prod(table.shape) >= _SMALLEST]
     replacements: dict[str, list[Any]] = {}
-    for table in chosen:
-        by_bytes = bits == 8 or table.shape[1] % 2
-        replacements[table.node] = _rows(graph, table) if by_bytes else _blocks(graph, table, block)
+    for table in large_tables(graph):
+        if table.node not in keep:
+            by_bytes = bits == 8 or table.shape[1] % 2 or table.node in finer
+            replacements[table.node] = _rows(graph, table) if by_bytes else _blocks(graph, table, block)
     graph.replace(replacements)
     return list(replacements)
 
@@ -45,12 +53,14 @@ def quantize_tables(graph: Graph, *, bits: int, block: int, keep: Collection[str
 def _rows(graph: Graph, table: Table) -> list[Any]:
     from onnx import helper
 
-    integers, scales = by_row(graph.array(table.weight))
-    stored = graph.store(f"{table.weight}/int8", integers), graph.store(f"{table.weight}/scale", scales)
+    names = f"{table.weight}/rows/int8", f"{table.weight}/rows/int8/scale"
+    if not graph.recall(*names):
+        for name, values in zip(names, by_row(graph.array(table.weight)), strict=True):
+            graph.store(name, values)
     stem = table.node
     return [
-        helper.make_node("Gather", [stored[0], table.indices], [f"{stem}/int8"], name=f"{stem}/int8", axis=0),
-        helper.make_node("Gather", [stored[1], table.indices], [f"{stem}/scale"], name=f"{stem}/scale", axis=0),
+        helper.make_node("Gather", [names[0], table.indices], [f"{stem}/int8"], name=f"{stem}/int8", axis=0),
+        helper.make_node("Gather", [names[1], table.indices], [f"{stem}/scale"], name=f"{stem}/scale", axis=0),
         helper.make_node("Cast", [f"{stem}/int8"], [f"{stem}/float"], name=f"{stem}/Cast", to=_FLOAT),
         helper.make_node("Mul", [f"{stem}/float", f"{stem}/scale"], [table.output], name=f"{stem}/Mul"),
     ]
@@ -60,17 +70,19 @@ def _blocks(graph: Graph, table: Table, block: int) -> list[Any]:
     from onnx import helper
 
     rows, width = table.shape
-    packed, scales = by_block(graph.array(table.weight), bits=4, block=block)
-    # Signed, because the operator's zero is then 0 without a tensor of zero points. Rows are cut from whole blocks to
-    # their width, which is even: INT4 is packed without gaps.
-    signed = packed.reshape(rows, -1)[:, : width // 2] ^ np.uint8(_SIGN)
-    name = graph.store_raw(f"{table.weight}/int4", _INT4, (rows, width), signed.tobytes())
-    scale = graph.store(f"{table.weight}/scale", scales)
+    names = f"{table.weight}/rows/int4", f"{table.weight}/rows/int4/scale"
+    if not graph.recall(*names):
+        packed, scales = by_block(graph.array(table.weight), bits=4, block=block)
+        # Signed, because the operator's zero is then 0 without a tensor of zero points. Rows are cut from whole blocks
+        # to their width, which is even: INT4 is packed without gaps.
+        signed = packed.reshape(rows, -1)[:, : width // 2] ^ np.uint8(_SIGN)
+        graph.store_raw(names[0], _INT4, (rows, width), signed.tobytes())
+        graph.store(names[1], scales)
     graph.need(MICROSOFT, 1)
     return [
         helper.make_node(
             "GatherBlockQuantized",
-            [name, table.indices, scale],
+            [names[0], table.indices, names[1]],
             [table.output],
             name=f"{table.node}/int4",
             domain=MICROSOFT,

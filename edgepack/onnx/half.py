@@ -64,10 +64,11 @@ def compute_half(graph: Graph, keep: Collection[str] = ()) -> Graph:
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
+    graph.settle()
     try:
         model: Any = convert_float_to_float16(
             graph.model, keep_io_types=True, disable_shape_infer=False, node_block_list=sorted(keep)
         )
     except (ValueError, RuntimeError, TypeError) as error:
         raise StepError(f"float16: onnxruntime's converter: {' '.join(str(error).split())[:300]}") from error
-    return Graph(model)
+    return Graph(model, graph.inputs)

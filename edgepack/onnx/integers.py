@@ -44,6 +44,19 @@ def by_output(weight: Floats, *, pair_safe: bool) -> tuple[Signed, Floats]:
     return np.clip(np.rint(weight / scale), -INT8_MAX, INT8_MAX).astype(np.int8), scale
 
 
+def widest_pairs(rows: Floats) -> Floats:
+    """Scales with which no two weights of an output saturate, in whatever order they meet (kernels of convolutions).
+
+    Args:
+        rows: [outputs, weights].
+
+    Returns:
+        [outputs] > 0: the step of 8 bits, or wider.
+    """
+    sums = [np.sort(np.maximum(sign * rows, 0), axis=1)[:, -2:].sum(axis=1) for sign in (1, -1)]
+    return _usable(np.maximum(np.abs(rows).max(axis=1) / INT8_MAX, np.maximum(*sums) / _PAIR_SUM))
+
+
 def saturates(weight: Signed, activations: Bytes) -> bool:
     """Whether `vpmaddubsw` would cut a sum off: the exact 16-bit arithmetic, for checks.
 

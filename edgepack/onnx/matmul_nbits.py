@@ -61,9 +61,13 @@ class Format:
         """Bytes of the codes of a row."""
         return self.blocks(width) * self.block * self.bits // 8
 
+    def scale_bytes(self, width: int) -> int:
+        """Bytes of the scales of a row, float16."""
+        return 2 * self.blocks(width)
+
     def nbytes(self, rows: int, width: int) -> int:
-        """Bytes of a matrix: codes and float16 scales."""
-        return rows * (self.row_bytes(width) + 2 * self.blocks(width))
+        """Bytes of a matrix."""
+        return rows * (self.row_bytes(width) + self.scale_bytes(width))
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def best_scales(blocks: torch.Tensor, form: Format, weight: torch.Tensor | None 
         weight: What a squared error costs, broadcast to `blocks`; None for 1.
 
     Returns:
-        float32 `[..., 1]`; 0 for a block of zeros.
+        float32 `[..., 1]`; 0 for a block of zeros, NaN for one that holds NaN or infinity.
     """
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     gain = torch.full_like(largest, -1.0)
@@ -138,6 +142,7 @@ def best_scales(blocks: torch.Tensor, form: Format, weight: torch.Tensor | None 
         fitted = product / square
         better = (here := product * fitted) > gain
         gain, scale = torch.where(better, here, gain), torch.where(better, fitted, scale)
+    scale[~torch.isfinite(largest)] = float("nan")  # torch's argmax takes NaN for the largest
     return scale.to(torch.float16).to(torch.float32)
 
 
@@ -170,7 +175,7 @@ def check_scales(scales: torch.Tensor, where: str) -> None:
     bad = int((~torch.isfinite(scales)).sum())
     if bad:
         raise InputRefused(
-            f"{where}: {bad} of {scales.numel()} blocks hold NaN, infinite or huge weights; 4 and 8 bits need finite ones",
+            f"{where}: {bad} of {scales.numel()} blocks hold NaN, infinite or huge weights, expected finite ones",
             hint="The checkpoint is damaged, or it overflowed in training; `edgepack inspect` says which tensors.",
         )
 

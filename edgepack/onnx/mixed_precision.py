@@ -1,9 +1,9 @@
 """Which format each matrix gets, when all of them together may take so many bytes.
 
-Every matrix has some formats, each with its bytes and its cost (the divergence it is predicted to cause; costs add up).
-Start from the smallest of each and buy the upgrade that lowers the cost most per byte, as long as bytes are left; only
-formats on the lower convex hull of a matrix are ever bought, so the choice is optimal but for the last purchase. Source:
-greedy of the multiple-choice knapsack problem, Kellerer et al., "Knapsack Problems", 2004, section 11.2.
+Every matrix has some formats, each with its bytes and its cost: the divergence it is predicted to cause; costs add up.
+Start from the smallest of each and buy the upgrade that lowers the cost most per byte, as long as bytes are left. Only
+formats on the lower convex hull of a matrix are ever bought, so the choice is optimal but for the last purchase.
+Source: greedy of the multiple-choice knapsack problem, Kellerer et al., "Knapsack Problems", 2004, section 11.2.
 
 Knows nothing of models.
 """
@@ -46,7 +46,7 @@ def choose(options: Mapping[str, Sequence[Choice[F]]], budget: int) -> dict[str,
         BudgetError: Even the smallest formats take more.
     """
     hulls = {name: hull(choices) for name, choices in options.items()}
-    chosen = {name: 0 for name in hulls}
+    chosen = dict.fromkeys(hulls, 0)
     left = budget - sum(steps[0].nbytes for steps in hulls.values())
     if left < 0:
         raise BudgetError(

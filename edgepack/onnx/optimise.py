@@ -12,7 +12,8 @@ are of an older exporter. Source of the operator: onnxruntime docs/ContribOperat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +128,7 @@ def _match(softmax: Any) -> _Attention | None:
     sources, weights, biases = zip(*[side for side in sides if side is not None], strict=True)
     if any(source is not sources[0] for source in sources) or len({weight.shape for weight in weights}) != 1:
         return None
-    name = last.name.rpartition("/")[0]
+    name = last.name.rpartition("/")[0] or "attention"
     return _Attention(
         sources[0], weights, biases, heads, scale, bool(masks), next(iter(others), None), last.outputs[0], name
     )
@@ -201,30 +202,41 @@ def _integer_mask(graph: Any) -> Any:
 def _replace(graph: Any, attention: _Attention, mask: Any) -> None:
     import onnx_ir
 
-    # The names of the weights that go: "<layer>.query.weight", ... give "<layer>.qkv.weight".
-    stem = attention.name or f"attention_{len(graph.initializers)}"
-    weight = _initializer(graph, f"{stem}.qkv.weight", np.concatenate(attention.weights, axis=1))
-    bias = _initializer(graph, f"{stem}.qkv.bias", np.concatenate(attention.biases))
+    # The names of the weights that go, "<layer>.query.weight" and so on, give "<layer>.qkv.weight". Layers that share
+    # their weights (ALBERT) share these, and need names of their own for what they compute.
+    weight = _initializer(graph, f"{attention.name}.qkv.weight", np.concatenate(attention.weights, axis=1))
+    bias = _initializer(graph, f"{attention.name}.qkv.bias", np.concatenate(attention.biases))
+    name = _unused(f"{attention.name}/Attention", {node.name for node in graph})
     node = onnx_ir.node(
         "Attention",
         [attention.source, weight, bias, mask, None, attention.bias],
         attributes={"num_heads": attention.heads, "scale": attention.scale, "mask_filter_value": _LOWEST},
         domain=_DOMAIN,
-        name=f"{stem}/Attention",
+        name=name,
     )
     result = attention.result
-    _declare(node.outputs[0], f"{stem}/attention", result.shape, result.dtype)
+    _declare(node.outputs[0], name, result.shape, result.dtype)
     graph.insert_before(result.producer(), node)
     onnx_ir.convenience.replace_all_uses_with(result, node.outputs[0])
 
 
 def _initializer(graph: Any, name: str, array: Any) -> Any:
+    """A new initializer, or the one of this name that holds the same numbers."""
     import onnx_ir
 
+    for known, value in graph.initializers.items():
+        if known.startswith(name) and np.array_equal(_constant(value), array):
+            return value
+    name = _unused(name, graph.initializers)
     value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(np.ascontiguousarray(array), name=name))
     _declare(value, name, onnx_ir.Shape(array.shape), onnx_ir.DataType.FLOAT)
     graph.register_initializer(value)
     return value
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return next(wanted for wanted in itertools.chain([name], numbered) if wanted not in taken)
 
 
 def _declare(value: Any, name: str, shape: Any, dtype: Any) -> None:

@@ -6,35 +6,35 @@ which one to take, and which nodes to treat better, is `search.py`'s business. R
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgepack.errors import StepError, UsageError
+from edgepack.errors import UsageError
 from edgepack.onnx.blocks import quantize_blocks
-from edgepack.onnx.calibrate import Feeds, activations, open_session, read_feeds
-from edgepack.onnx.dynamic import quantize_products, smooth
+from edgepack.onnx.calibrate import Feed, activations, feed, read_samples
+from edgepack.onnx.check import check_model
+from edgepack.onnx.dynamic import matrix_name, quantize_products, smooth
 from edgepack.onnx.embeddings import quantize_tables
 from edgepack.onnx.export import MODEL
 from edgepack.onnx.half import compute_half, store_half
 from edgepack.onnx.integers import Floats
-from edgepack.onnx.recipes import RECIPES, Recipe, recipe as recipe_named
+from edgepack.onnx.recipes import RECIPES as RECIPES
+from edgepack.onnx.recipes import Recipe, recipe_named
 from edgepack.onnx.rewrite import Graph, known_nodes, read_graph
 from edgepack.onnx.smoothing import Smoothing, choose_factor
+from edgepack.onnx.static import find_ranges, quantize_for_npu, quantize_static
 from edgepack.onnx.units import Unit, units
+from edgepack.runtimes.onnxruntime import CPU, Session
 from edgepack.worker import Progress
 
-__all__ = ["RECIPES", "Factors", "find_factors", "quantize", "write_quantized"]
-
-CALIBRATION_SAMPLES = 64  # sentences; twice as many changed no figure of all-MiniLM-L6-v2 in the fourth digit
-CPU = "CPUExecutionProvider"
-QNN = "QNNExecutionProvider"
-
-Factors = dict[str, Smoothing]
+ARCHITECTURES = ("x86_64", "arm64")
+CALIBRATION_SAMPLES = 64  # sentences; twice as many changed no figure of all-MiniLM-L6-v2 in the third digit
+_LARGE = 1024  # weights; smaller tensors are not worth naming
 
 
 def quantize(
@@ -44,10 +44,13 @@ def quantize(
     recipe: str,
     calibration: str | None = None,
     keep: Sequence[str] = (),
-    twice: Sequence[str] = (),
+    finer: Sequence[str] = (),
     arch: str = "x86_64",
     provider: str = CPU,
     source: str | None = None,
+    task: str = "feature-extraction",
+    pairs: bool = False,
+    threads: int = 1,
     progress: Progress,
 ) -> dict[str, Any]:
     """Quantize an encoder.
@@ -56,17 +59,20 @@ def quantize(
         model: Folder with the float32 export, model.onnx.
         folder: An existing folder for the result.
         recipe: Name of a row of `RECIPES`.
-        calibration: Text, folder of images, or .npz, for recipes that need data; see `calibrate.read_feeds`.
+        calibration: Text, or `.npy` of preprocessed images, for recipes that need data.
         keep: Names of nodes that stay in float32.
-        twice: Names of nodes whose activations get 16 bits by a second 8-bit product (`dynamic.py`); of a recipe
-            with method `dynamic` only.
+        finer: Names of nodes that get more precision: 16-bit activations by a second 8-bit product (`dynamic.py`), or
+            8 bits where the recipe has 4.
         arch: `x86_64`: weights that can't saturate AVX2's 16-bit sums. `arm64`: no such limit, symmetric activations.
         provider: Execution provider of onnxruntime that will run it.
-        source: Folder with tokenizer.json or the image processor; None: `model`.
-        progress: Called with (parts done, parts); a part is a unit calibrated or a pass over the graph.
+        source: Folder with tokenizer.json; None: `model`.
+        task: What the graph does, for the shape of calibration samples.
+        pairs: The graph classifies two texts.
+        threads: For running the float32 graph on calibration data.
+        progress: Called with (parts done, parts); a part is a unit calibrated, or the rewriting.
 
     Returns:
-        `files`, `bytes`, `recipe`, `kept`, `twice`, `smoothed` (node -> exponent), `tables` (embeddings quantized),
+        `files`, `bytes`, `recipe`, `kept`, `finer`, `smoothed` (node -> exponent), `tables` (embeddings quantized),
         `left_in_float` (operator -> number of nodes with float32 weights), `bits_per_weight`.
 
     Raises:
@@ -75,47 +81,33 @@ def quantize(
         StepError: onnxruntime can't quantize the graph.
     """
     row = recipe_named(recipe)
-    if arch not in ("x86_64", "arm64"):
-        raise UsageError(f"arch = {arch!r}: expected x86_64 or arm64")
     if row.needs_calibration and calibration is None:
         raise UsageError(
             f"quantize = {recipe!r} needs calibration data, and none was given",
-            hint="Give a text or a folder of images with --calibration, or use int8-dynamic, which needs none.",
+            hint="Give a text (or an .npy of images) with --calibration, or use int8-dynamic, which needs none.",
         )
-    if twice and row.method != "dynamic":
-        raise UsageError(f"quantize = {recipe!r}: only int8 and int8-dynamic can multiply twice")
+    if finer and not row.has_finer:
+        raise UsageError(f"quantize = {recipe!r} has no finer precision for single nodes", hint="Keep them in float32.")
     graph = read_graph(Path(model))
-    known_nodes(graph, [*keep, *twice], "keep")
-    feeds: Feeds = []
+    known_nodes(graph, [*keep, *finer], "keep")
+    check_shapes(row, graph)
+    feeds: list[Feed] = []
     if row.needs_calibration:
-        inputs = open_session(Path(model) / MODEL, 1).get_inputs()
-        assert_fixed(row, inputs)
-        feeds = read_feeds(str(calibration), Path(source or model), inputs, CALIBRATION_SAMPLES)
-    factors: Factors = {}
-    found = units(graph.products(), keep)
-    if row.smooth:
-        pair_safe = row.method == "dynamic" and arch == "x86_64"
-        factors = find_factors(Path(model), graph, found, feeds, pair_safe=pair_safe, progress=progress)
-    return write_quantized(
-        graph,
-        Path(folder),
-        row,
-        keep=frozenset(keep),
-        twice=frozenset(twice),
-        factors=factors,
-        feeds=feeds,
-        arch=arch,
-        provider=provider,
-    )
+        samples = read_samples(
+            calibration, Path(source or model), graph.inputs, CALIBRATION_SAMPLES, task=task, pairs=pairs
+        )
+        feeds = [feed(sample, graph.inputs) for sample in samples]
+    workshop = Workshop(Path(model), graph, feeds, arch, provider, threads)
+    return workshop.make(Path(folder), row, frozenset(keep), frozenset(finer), progress)
 
 
-def assert_fixed(row: Recipe, inputs: Sequence[Any]) -> None:
+def check_shapes(row: Recipe, graph: Graph) -> None:
     """Refuse free axes where the recipe's runtime has none.
 
     Raises:
         UsageError: An input has a free axis.
     """
-    free = [port.name for port in inputs if not all(isinstance(axis, int) for axis in port.shape)]
+    free = [port.name for port in graph.inputs if not all(isinstance(axis, int) for axis in port.shape or (None,))]
     if row.fixed_shapes and free:
         raise UsageError(
             f"quantize = {row.name!r} is for processors that need fixed shapes; {', '.join(free)} has free axes",
@@ -124,101 +116,166 @@ def assert_fixed(row: Recipe, inputs: Sequence[Any]) -> None:
 
 
 def find_factors(
-    path: Path, graph: Graph, found: Sequence[Unit], feeds: Feeds, *, pair_safe: bool, progress: Progress
-) -> Factors:
+    path: Path,
+    graph: Graph,
+    found: Sequence[Unit],
+    feeds: Sequence[Feed],
+    *,
+    pair_safe: bool,
+    threads: int,
+    progress: Progress,
+) -> dict[str, Smoothing]:
     """Choose smoothing factors for every unit, from what flows into it.
 
     Args:
-        path: Folder of the graph in float32.
+        path: model.onnx, in float32.
         graph: The same in memory.
         found: Units.
         feeds: Calibration data.
         pair_safe: As the weights will be quantized.
-        progress: In units.
+        threads: For running the graph.
+        progress: In units, and one more for the rewriting.
     """
     wanted = {value: unit for unit in found for value in unit.inputs}
-    chosen: Factors = {}
+    waiting = {unit.name: set(unit.inputs) for unit in found}
+    chosen: dict[str, Smoothing] = {}
     samples: dict[str, list[Floats]] = {}
-    for value, arrays in activations(path / MODEL, list(wanted), feeds):
+    for value, arrays in activations(path, list(wanted), feeds, threads=threads):
         unit = wanted[value]
         samples.setdefault(unit.name, []).extend(arrays)
-        if value == unit.inputs[-1]:
+        waiting[unit.name].discard(value)
+        if not waiting[unit.name]:
             weight = np.concatenate([graph.matrix(product) for product in unit.weights], axis=1)
             chosen[unit.name] = choose_factor(samples.pop(unit.name), weight, pair_safe=pair_safe)
-            progress(len(chosen), len(found))
+            progress(len(chosen), len(found) + 1)
     return chosen
 
 
-def write_quantized(
-    graph: Graph,
-    folder: Path,
-    row: Recipe,
-    *,
-    keep: frozenset[str] = frozenset(),
-    twice: frozenset[str] = frozenset(),
-    factors: Factors | None = None,
-    feeds: Feeds = (),  # type: ignore[assignment]
-    arch: str = "x86_64",
-    provider: str = CPU,
-) -> dict[str, Any]:
-    """Carry out a recipe on a graph in memory, which it changes, and write the result.
+@dataclass
+class Workshop:
+    """A float32 graph with its calibration data: makes one quantized version after the other, and nothing twice.
 
     Args:
-        graph: The float32 graph.
-        folder: Where it goes.
-        row: The recipe.
-        keep: Nodes left in float32.
-        twice: Nodes multiplied twice; their units are not smoothed, which 16 bits don't need.
-        factors: Smoothing by unit name.
-        feeds: Calibration data, for static recipes.
-        arch: As in `quantize`.
-        provider: As in `quantize`.
-
-    Returns:
-        As `quantize`.
+        folder: Of the float32 model.
+        graph: The same in memory; stays as it is.
+        feeds: Calibration data; empty where no recipe needs any.
+        arch: `x86_64` or `arm64`.
+        provider: Execution provider that will run the results.
+        threads: For running the graph.
     """
-    weights = sum(int(np.prod(tensor.dims)) for tensor in graph.stored.values())
-    found = units(graph.products(), keep)
-    doubled = {unit.name for unit in found if twice.intersection(unit.nodes)}
-    smoothing = {
-        name: one for name, one in (factors or {}).items() if one.factor is not None and name not in doubled
-    }
-    by_unit = {name: one.factor for name, one in smoothing.items() if one.factor is not None}
-    tables: list[str] = []
-    if row.table_bits <= 8:
-        tables = quantize_tables(graph, bits=row.table_bits, block=row.block, keep=keep)
-    if row.method == "dynamic":
-        quantize_products(graph, found, factors=by_unit, twice=doubled, pair_safe=arch == "x86_64")
-    elif row.method == "blocks":
-        chosen = [product for product in graph.products() if product.node not in keep]
-        quantize_blocks(graph, chosen, bits=row.weight_bits, block=row.block)
-    elif row.method == "half" and provider == CPU:
-        store_half(graph, keep)
-    elif row.method == "half":
-        graph = compute_half(graph, keep)
-    elif row.method == "static":
-        from edgepack.onnx.static import quantize_static
 
-        _smooth_in_float(graph, found, by_unit)
-        graph = quantize_static(graph, row, feeds, keep=keep, arch=arch, npu=provider == QNN or row.fixed_shapes)
-    left = _left_in_float(graph)
-    files = graph.write(folder)
-    _loads(folder / MODEL, row, provider)
-    size = sum((folder / name).stat().st_size for name in files)
-    return {
-        "files": files,
-        "bytes": size,
-        "recipe": row.name,
-        "kept": sorted(keep),
-        "twice": sorted(itertools.chain.from_iterable(unit.nodes for unit in found if unit.name in doubled)),
-        "smoothed": {name: one.exponent for name, one in smoothing.items()},
-        "tables": tables,
-        "left_in_float": left,
-        "bits_per_weight": 8 * size / weights,
-    }
+    folder: Path
+    graph: Graph
+    feeds: Sequence[Feed]
+    arch: str
+    provider: str
+    threads: int
+    _factors: dict[str, Smoothing] | None = None
+    _ranges: dict[tuple[str, bool], Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.arch not in ARCHITECTURES:
+            raise UsageError(f"arch = {self.arch!r}: expected {' or '.join(ARCHITECTURES)}")
+
+    def factors(self, progress: Progress) -> dict[str, Smoothing]:
+        """Smoothing factors of all units, by name."""
+        if self._factors is None:
+            self._factors = find_factors(
+                self.folder / MODEL,
+                self.graph,
+                units(self.graph.products()),
+                self.feeds,
+                pair_safe=self.arch == "x86_64",
+                threads=self.threads,
+                progress=progress,
+            )
+        return self._factors
+
+    def make(
+        self, folder: Path, row: Recipe, keep: frozenset[str], finer: frozenset[str], progress: Progress
+    ) -> dict[str, Any]:
+        """Carry out a recipe and write the result.
+
+        Args:
+            folder: Where it goes; exists.
+            row: The recipe.
+            keep: Nodes left in float32.
+            finer: Nodes with more precision. Those that are multiplied twice are not smoothed: 16 bits don't need it.
+            progress: As `quantize`.
+
+        Returns:
+            As `quantize`.
+        """
+        graph = self.graph.copy()
+        weights = sum(int(np.prod(tensor.dims)) for tensor in graph.stored.values())
+        found = units(graph.products(), keep)
+        doubled = {unit.name for unit in found if row.method == "dynamic" and finer.intersection(unit.nodes)}
+        smoothing = self._smoothing(row, found, doubled, progress)
+        factors = {name: one.factor for name, one in smoothing.items() if one.factor is not None}
+        tables: list[str] = []
+        if row.table_bits <= 8 and not row.fixed_shapes:
+            tables = quantize_tables(graph, bits=row.table_bits, block=row.block, keep=keep, finer=finer)
+        if row.method == "dynamic":
+            quantize_products(graph, found, factors=factors, twice=doubled, pair_safe=self.arch == "x86_64")
+        elif row.method == "blocks":
+            chosen = [product for product in graph.products() if product.node not in keep]
+            quantize_blocks(graph, chosen, bits=row.weight_bits, block=row.block, finer=finer)
+        elif row.method == "half" and self.provider == CPU:
+            store_half(graph, keep)
+        elif row.method == "half":
+            graph = compute_half(graph, keep)
+        elif row.fixed_shapes:
+            graph = quantize_for_npu(graph, self.feeds, keep=keep, bits=row.activation_bits)
+        elif row.method == "static":
+            graph = self._static(graph, row, found, factors, keep)
+        files = graph.write(folder)
+        check_model(folder / MODEL)
+        if self.provider == CPU or row.method != "half":  # a graph in float16 may need kernels that a CPU has not
+            Session(folder / MODEL, threads=1)
+        progress(len(found) + 1, len(found) + 1)
+        size = sum((folder / name).stat().st_size for name in files)
+        return {
+            "files": files,
+            "bytes": size,
+            "recipe": row.name,
+            "kept": sorted(keep),
+            "finer": sorted(finer),
+            "smoothed": {name: smoothing[name].exponent for name in factors},
+            "tables": tables,
+            "left_in_float": _left_in_float(graph),
+            "bits_per_weight": 8 * size / weights,
+        }
+
+    def _smoothing(
+        self, row: Recipe, found: Sequence[Unit], doubled: set[str], progress: Progress
+    ) -> dict[str, Smoothing]:
+        """Factors of the units that get any. A unit that lost its first node to `keep` has another name than before."""
+        if not row.smooth:
+            return {}
+        by_node = {
+            node: self.factors(progress)[unit.name] for unit in units(self.graph.products()) for node in unit.nodes
+        }
+        return {unit.name: by_node[unit.name] for unit in found if unit.name not in doubled}
+
+    def _static(
+        self, graph: Graph, row: Recipe, found: Sequence[Unit], factors: dict[str, Floats], keep: frozenset[str]
+    ) -> Graph:
+        """Smooth, take ranges, quantize. Ranges are those of the smoothed graph with nothing kept."""
+        key = (row.calibrator, row.smooth)
+        smooth_in_float(graph, found, factors)
+        if key not in self._ranges:
+            self._ranges[key] = self._find_ranges(graph, row.calibrator)
+        return quantize_static(graph, self._ranges[key], keep=keep, arch=self.arch)
+
+    def _find_ranges(self, graph: Graph, how: str) -> Any:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as scratch:
+            graph.write(Path(scratch))
+            return find_ranges(graph, Path(scratch) / MODEL, self.feeds, how, self.threads)
 
 
-def _smooth_in_float(graph: Graph, found: Sequence[Unit], factors: dict[str, Floats]) -> None:
+def smooth_in_float(graph: Graph, found: Sequence[Unit], factors: dict[str, Floats]) -> None:
     """Put factors into a float32 graph: activations divided, matrices multiplied."""
     for unit in found:
         factor = factors.get(unit.name)
@@ -226,8 +283,8 @@ def _smooth_in_float(graph: Graph, found: Sequence[Unit], factors: dict[str, Flo
             continue
         scaled = {}
         for product in unit.weights:
-            name = product.weight + ("/transposed" if product.transposed else "") + "/smoothed"
             weight = graph.matrix(product) * factor[:, None]
+            name = f"{matrix_name(product, smoothed=True)}/float"
             scaled[product.weight] = graph.store(name, weight.T if product.transposed else weight)
         for value in unit.inputs:
             readers = [product for product in unit.products if product.input == value]
@@ -240,24 +297,10 @@ def _smooth_in_float(graph: Graph, found: Sequence[Unit], factors: dict[str, Flo
 
 
 def _left_in_float(graph: Graph) -> dict[str, int]:
-    """Operators that still read a float32 matrix or kernel, with their numbers."""
+    """Operators that still read a large float32 tensor, with their numbers."""
     left: Counter[str] = Counter()
     for node in graph.nodes:
-        large: Collection[Any] = [
-            name for name in node.input if name in graph.stored and len(graph.stored[name].dims) > 1
-        ]
-        if any(graph.stored[name].data_type == 1 and np.prod(graph.stored[name].dims) >= 1024 for name in large):
+        read = [graph.stored[name] for name in node.input if name in graph.stored]
+        if any(tensor.data_type == 1 and np.prod(tensor.dims) >= _LARGE for tensor in read):
             left[node.op_type] += 1
     return dict(sorted(left.items()))
-
-
-def _loads(path: Path, row: Recipe, provider: str) -> None:
-    """Load the result where this machine can: in onnxruntime's CPU provider."""
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, NotImplemented
-
-    if provider != CPU and row.method == "half":
-        return  # a graph in float16 that a CPU may have no kernels for
-    try:
-        open_session(path, 1)
-    except (Fail, InvalidArgument, InvalidGraph, NotImplemented) as error:
-        raise StepError(f"{row.name}: onnxruntime can't load the result: {' '.join(str(error).split())[:300]}") from None

@@ -50,6 +50,11 @@ class Recipe:
         """Whether it can't be done without data: ranges and factors are not guessed."""
         return self.smooth or self.method == "static"
 
+    @property
+    def has_finer(self) -> bool:
+        """Whether single nodes can get more precision and stay quantized."""
+        return self.method == "dynamic" or (self.method == "blocks" and self.weight_bits < 8)
+
 
 _RECIPES = (
     Recipe("fp32", "float32, as exported", "float", 32, 32),
@@ -119,7 +124,7 @@ _RECIPES = (
 RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _RECIPES})
 
 
-def recipe(name: str) -> Recipe:
+def recipe_named(name: str) -> Recipe:
     """The row of a name.
 
     Raises:

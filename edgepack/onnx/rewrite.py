@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from edgepack.errors import InputRefused, UsageError
 from edgepack.onnx.export import DATA, MODEL, SINGLE_FILE_BYTES
+from edgepack.onnx.graph import Port
 from edgepack.onnx.strip import PRODUCER
 
 _SMALL = 1024  # bytes; smaller tensors stay in model.onnx, as onnx.save_model does by default
@@ -73,14 +74,18 @@ class Graph:
 
     Args:
         model: ModelProto with all weights in memory.
-        stored: Initializers by name.
+        inputs: What it reads.
+        stored: Initializers by name; `settle` writes them back into the model.
+        made: Tensors that were made for this graph or another copy of it, by name: a name says all that shaped them.
     """
 
     model: Any
+    inputs: tuple[Port, ...]
     stored: dict[str, Any] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.stored = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        self.stored = self.stored or {tensor.name: tensor for tensor in self.model.graph.initializer}
         del self.model.graph.value_info[:]
         names = [node.name for node in self.model.graph.node if node.name]
         if len(names) != len(set(names)):
@@ -105,20 +110,38 @@ class Graph:
             raise InputRefused(f"tensor {name}: NaN or infinite values; expected finite weights to quantize")
         return values
 
+    def copy(self) -> Graph:
+        """The same graph to rewrite in another way; stored tensors are shared, not copied."""
+        import onnx
+
+        model = onnx.ModelProto()
+        kept = list(self.model.graph.initializer)
+        del self.model.graph.initializer[:]
+        model.CopyFrom(self.model)
+        self.model.graph.initializer.extend(kept)
+        return Graph(model, self.inputs, dict(self.stored), self.made)
+
+    def recall(self, *names: str) -> bool:
+        """Put tensors that were made before into this graph; False if one was not."""
+        if not all(name in self.made for name in names):
+            return False
+        self.stored |= {name: self.made[name] for name in names}
+        return True
+
     def store(self, name: str, values: npt.NDArray[Any]) -> str:
         """Add a tensor, once per name; the name."""
         from onnx import numpy_helper
 
-        if name not in self.stored:
-            self.stored[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        if not self.recall(name):
+            self.made[name] = self.stored[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
         return name
 
     def store_raw(self, name: str, type: int, shape: Sequence[int], content: bytes) -> str:
         """Add a tensor of an element type that numpy lacks, once per name; the name."""
         from onnx import helper
 
-        if name not in self.stored:
-            self.stored[name] = helper.make_tensor(name, type, shape, content, raw=True)
+        if not self.recall(name):
+            self.made[name] = self.stored[name] = helper.make_tensor(name, type, shape, content, raw=True)
         return name
 
     def readers(self, value: str) -> list[Any]:
@@ -174,9 +197,7 @@ class Graph:
 
     def replace(self, replacements: Mapping[str, Sequence[Any]]) -> None:
         """Put new nodes in the places of named ones."""
-        nodes = [
-            new for node in self.nodes for new in (replacements[node.name] if node.name in replacements else [node])
-        ]
+        nodes = [new for node in self.nodes for new in replacements.get(node.name, [node])]
         del self.nodes[:]
         self.nodes.extend(nodes)
 
@@ -190,37 +211,35 @@ class Graph:
                 return
         self.model.opset_import.append(helper.make_opsetid(domain, version))
 
-    def write(self, folder: Path) -> list[str]:
-        """Write model.onnx, with model.onnx.data beside it for large models, and check it.
+    def settle(self) -> None:
+        """Make the model whole again: stored tensors in it, in the order of their first use, and unused ones gone."""
+        graph = self.model.graph
+        used = dict.fromkeys(name for node in graph.node for name in node.input)
+        used |= dict.fromkeys(name for inner in _subgraphs(graph) for node in inner.node for name in node.input)
+        used |= dict.fromkeys(output.name for output in graph.output)
+        self.stored = {name: self.stored[name] for name in used if name in self.stored}
+        del graph.initializer[:]
+        graph.initializer.extend(self.stored.values())
 
-        Stored tensors that nothing reads any more are left out; the order of the others follows the nodes.
+    def write(self, folder: Path) -> list[str]:
+        """Write model.onnx, with model.onnx.data beside it for large models.
 
         Returns:
             Names of the files.
         """
         import onnx
 
-        graph = self.model.graph
-        used = dict.fromkeys(name for node in graph.node for name in node.input)
-        used |= dict.fromkeys(name for inner in _subgraphs(graph) for node in inner.node for name in node.input)
-        used |= dict.fromkeys(output.name for output in graph.output)
-        kept = [self.stored[name] for name in used if name in self.stored]
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
+        self.settle()
+        del self.model.graph.value_info[:]
         self.model.producer_name, self.model.producer_version = PRODUCER, ""
         del self.model.metadata_props[:]
-        weights = sum(_nbytes(tensor) for tensor in kept)
-        if weights > SINGLE_FILE_BYTES:
-            onnx.save_model(
-                self.model,
-                folder / MODEL,
-                save_as_external_data=True,
-                location=DATA,
-                size_threshold=_SMALL,
-            )
-            return [MODEL, DATA]
-        onnx.save_model(self.model, folder / MODEL)
-        return [MODEL]
+        for node in self.nodes:
+            del node.metadata_props[:]
+        if sum(_nbytes(tensor) for tensor in self.stored.values()) <= SINGLE_FILE_BYTES:
+            onnx.save_model(self.model, folder / MODEL)
+            return [MODEL]
+        onnx.save_model(self.model, folder / MODEL, save_as_external_data=True, location=DATA, size_threshold=_SMALL)
+        return [MODEL, DATA]
 
 
 def read_graph(folder: Path) -> Graph:
@@ -234,8 +253,8 @@ def read_graph(folder: Path) -> Graph:
     from edgepack.onnx.check import check_model
 
     path = folder / MODEL
-    check_model(path)
-    return Graph(onnx.load(path))
+    facts = check_model(path)
+    return Graph(onnx.load(path), facts.inputs)
 
 
 def known_nodes(graph: Graph, names: Sequence[str], what: str) -> frozenset[str]:

@@ -3,8 +3,10 @@
     y = (x / f) (f w),    f_c = max|x_c|^a / max|w_c|^(1-a)
 
 A transformer's activations have a few channels many times larger than the rest; a scale per tensor then leaves the rest
-two or three bits. Dividing channel c by f_c is exact in floating point. The exponent a is the one, of nine, with the
-least squared error of the quantized product; 0 means no factors.
+two or three bits. Dividing channel c by f_c costs nothing but rounding. The exponent a is the one with the least
+squared error of the quantized product on samples that the peaks were not taken from; 0 means no factors. (On the same
+samples the largest exponents win: they flatten every peak that was seen, and blow up those that were not. In
+all-MiniLM-L6-v2 that costs 0.006 of the cosine's 1 % quantile.)
 
 Source: SmoothQuant (Xiao et al. 2023, arXiv:2211.10438), equation 4, there with one exponent (0.5) for all layers; the
 search per layer is that of AWQ (Lin et al. 2024, arXiv:2306.00978), equation 5. Arrays in, arrays out.
@@ -19,12 +21,11 @@ import numpy as np
 
 from edgepack.onnx.integers import Floats, by_output
 
-# 0.5 to 0.9 won in all units of all-MiniLM-L6-v2; outside lie only layers without outliers.
-EXPONENTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-_OUTPUTS = 512  # columns on which the error is computed: evenly spread, enough for a sum over all of them
-_ROWS = 2048  # tokens, likewise
+EXPONENTS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_OUTPUTS = 384  # columns on which the error is computed: evenly spread, enough for a sum over all of them
+_ROWS = 1024  # tokens, likewise
 _GAIN = 0.9  # factors must leave at most this part of the error: they cost a multiplication
-_LEAST = 1e-5  # of a channel's largest magnitude, relative to the largest of all
+_LEAST = 1e-4  # of a channel's largest magnitude, relative to the largest of all
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def choose_factor(samples: Sequence[Floats], weight: Floats, *, pair_safe: bool)
         weight: [inputs, outputs], all matrices of the unit side by side.
         pair_safe: As the weights will be quantized.
     """
-    samples = _some(samples)
-    peaks = np.max([np.abs(sample).max(axis=0) for sample in samples], axis=0)
+    peaks, seen = _peaks(samples), _peaks(samples[1::2] or samples)
+    samples = _some(samples[::2])
     rows = np.abs(weight).max(axis=1)
     columns = np.ascontiguousarray(weight[:, :: max(1, weight.shape[1] // _OUTPUTS)])
     exact = [sample @ columns for sample in samples]
@@ -62,14 +63,25 @@ def choose_factor(samples: Sequence[Floats], weight: Floats, *, pair_safe: bool)
     best = Smoothing(None, 0.0, plain, plain)
     if peaks.max() == 0 or rows.max() == 0:
         return best
-    peaks, rows = np.maximum(peaks, _LEAST * peaks.max()), np.maximum(rows, _LEAST * rows.max())
     for exponent in EXPONENTS:
-        factor = peaks**exponent / rows ** (1 - exponent)
-        factor = (factor / np.exp(np.log(factor).mean())).astype(np.float32)
-        error = _error(samples, exact, columns, factor, pair_safe) / power
+        error = _error(samples, exact, columns, _factor(seen, rows, exponent), pair_safe) / power
         if error < min(best.error, _GAIN * plain):
-            best = Smoothing(factor, exponent, error, plain)
+            best = Smoothing(_factor(peaks, rows, exponent), exponent, error, plain)
     return best
+
+
+def _factor(peaks: Floats, rows: Floats, exponent: float) -> Floats:
+    """Factors with a geometric mean of 1."""
+    peaks, rows = np.maximum(peaks, _LEAST * peaks.max()), np.maximum(rows, _LEAST * rows.max())
+    factor = peaks**exponent / rows ** (1 - exponent)
+    scaled: Floats = (factor / np.exp(np.log(factor).mean())).astype(np.float32)
+    return scaled
+
+
+def _peaks(samples: Sequence[Floats]) -> Floats:
+    """Largest magnitude of each channel."""
+    peaks: Floats = np.max([np.abs(sample).max(axis=0) for sample in samples], axis=0)
+    return peaks
 
 
 def dynamic_range(sample: Floats) -> Floats:

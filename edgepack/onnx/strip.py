@@ -75,11 +75,12 @@ def _name_nodes(graph: Any) -> None:
 
 
 def _name_weights(graph: Any) -> None:
-    """Call every initializer as the checkpoint does; a folded one after the only node that reads it."""
+    """Call every initializer as the checkpoint does; a folded one after the only module that reads it."""
     for name, value in list(graph.initializers.items()):
         users = [use.node for use in value.uses()]
+        modules = {node.name.rpartition("/")[0] for node in users if node.op_type in ("MatMul", "Gemm", "Conv")}
         wanted = name.removeprefix(_ROOT)
-        if name.startswith(_FOLDED) and len(users) == 1 and users[0].op_type in ("MatMul", "Gemm", "Conv"):
-            wanted = f"{users[0].name.rpartition('/')[0] or users[0].name}.weight"
+        if name.startswith(_FOLDED) and len(modules) == 1 and "" not in modules and value.shape.rank() > 1:
+            wanted = f"{modules.pop()}.weight"
         if wanted != name and wanted not in graph.initializers:
             value.name = wanted

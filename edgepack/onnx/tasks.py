@@ -91,9 +91,10 @@ def kind_of(config: Mapping[str, Any]) -> Kind:
         raise InputRefused(
             f"config.json: model_type {config.get('model_type')!r} has several towers; the encoder export takes one"
         )
-    if "vocab_size" in config:
+    pictures = {"num_channels", "image_size", "patch_size"} & set(config)
+    if "vocab_size" in config and not (pictures and "max_position_embeddings" not in config):  # BEiT: a visual one
         return "text"
-    if {"num_channels", "image_size", "patch_size"} & set(config):
+    if pictures:
         return "image"
     raise InputRefused(
         f"config.json: model_type {config.get('model_type')!r} has neither vocab_size nor num_channels; expected an "

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from edgepack.errors import StorageError
@@ -62,7 +60,7 @@ class WeightFile:
 
     def write(self, values: torch.Tensor, offset: int) -> None:
         """Write a contiguous tensor's bytes."""
-        data = memoryview(_bytes(values))
+        data = _bytes(values)
         with storage_errors(self._path):
             while data:
                 count = os.pwrite(self._descriptor, data, offset)
@@ -120,8 +118,7 @@ def save_graph(proto: Any, slots: Sequence[Slot], path: Path, data_name: str) ->
         tensor.name, tensor.data_type = slot.stored.name, slot.stored.kind
         tensor.dims.extend(slot.stored.shape)
         if slot.offset is None:
-            assert_values = slot.stored.values
-            tensor.raw_data = b"" if assert_values is None else bytes(_bytes(stored_values(materialize(assert_values), slot.stored.kind)))
+            tensor.raw_data = bytes(_bytes(stored_values(materialize(slot.stored.values), slot.stored.kind)))
             continue
         tensor.data_location = 1  # TensorProto.EXTERNAL
         for key, value in (("location", data_name), ("offset", slot.offset), ("length", slot.stored.nbytes)):
@@ -139,6 +136,6 @@ def stored_values(values: torch.Tensor, kind: int) -> torch.Tensor:
     return values.detach().to(wanted) if wanted is not None else values.detach()
 
 
-def _bytes(values: torch.Tensor) -> npt.NDArray[np.uint8]:
+def _bytes(values: torch.Tensor) -> memoryview:
     """The bytes of a tensor, little endian as ONNX wants them (every platform torch runs on is)."""
-    return values.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -119,6 +119,6 @@ def test_a_template_without_end_is_stopped(
     settings.pop("chat_template", None)
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
     (source / "chat_template.jinja").write_text(loop)
-    monkeypatch.setattr(module, "_START_SECONDS", 8.0)
-    with pytest.raises(InputRefused, match="chat template: rendering the chat template failed: not done after 9 s"):
+    monkeypatch.setattr(module, "START_SECONDS", 7)
+    with pytest.raises(InputRefused, match=r"chat template: rendering the chat template failed: .*8 s"):
         chat(package=str(int4_package), source=str(source), seconds=1.0)

@@ -460,10 +460,11 @@ def test_no_threads_is_a_usage_error(tmp_path: Path) -> None:
 def test_an_interrupt_leaves_nothing_and_comes_through(tmp_path: Path) -> None:
     """A real SIGINT while two threads are reading."""
     code = """
-        import sys, time
+        import signal, sys, time
         from pathlib import Path
         import numpy as np
         from llama_quantize import hyperparameters
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         from edgepack.gguf.convert import plan_layout, write
         from edgepack.gguf.model import Attention, ModelSpec, TensorSpec
         def read(start, stop):

@@ -106,7 +106,7 @@ def test_prompt_and_answer_may_fill_the_context_to_the_last_token(q4: Path) -> N
 
 def test_warm_ups_are_run_and_not_counted() -> None:
     made, seen = iter(range(99)), []
-    kept = module._repeat(lambda: next(made), 2, 3, 0.0, lambda done, total: seen.append((done, total)))
+    kept = module.repeat(lambda: next(made), 2, 3, 0.0, lambda done, total: seen.append((done, total)))
     assert kept == [2, 3, 4]
     assert seen == [(i, 5) for i in range(1, 6)]
 
@@ -114,7 +114,7 @@ def test_warm_ups_are_run_and_not_counted() -> None:
 def test_pauses_come_before_counted_runs_only(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(module.time, "sleep", slept.append)
-    module._repeat(lambda: 0, 2, 3, 1.5, lambda done, total: None)
+    module.repeat(lambda: 0, 2, 3, 1.5, lambda done, total: None)
     assert slept == [1.5] * 3
 
 

@@ -41,6 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"num_hidden_layers": 4, "local_attention": 16, "cls_token_id": 2, "sep_token_id": 3}
     | {"bos_token_id": 2, "eos_token_id": 3},
     "electra": _TEXT | {"embedding_size": 24, "num_hidden_layers": 1},
+    "albert": _TEXT | {"embedding_size": 16},  # one set of weights for all layers
     "vit": _VISION,
     "deit": _VISION,
     "resnet": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "num_labels": 5},

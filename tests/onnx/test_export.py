@@ -18,6 +18,7 @@ import pytest
 from edgepack import worker
 from edgepack.checkpoint import open_checkpoint
 from edgepack.errors import ConformanceError, InputRefused, UsageError
+from edgepack.model_folder import allowed_files
 from edgepack.onnx import export as module
 from edgepack.onnx.check import check_model
 from edgepack.onnx.encoders import load
@@ -34,6 +35,7 @@ TEXT = [
     ("deberta-v2", "token-classification", "AutoModelForTokenClassification", True),
     ("modernbert", "fill-mask", "AutoModelForMaskedLM", False),
     ("electra", "token-classification", "AutoModelForTokenClassification", False),
+    ("albert", "text-classification", "AutoModelForSequenceClassification", True),
 ]
 IMAGES = [
     ("vit", "image-classification", "AutoModelForImageClassification", (48, 48)),
@@ -172,6 +174,7 @@ def test_pooling_dense_and_normalize_are_inside_the_graph(tmp_path: Path) -> Non
         (model / folder / "config.json").write_text(
             json.dumps({"activation_function": "torch.nn.modules.activation.Tanh"})
         )
+    assert "2_Dense/model.safetensors" in set(allowed_files(model))  # so that a change of it is another source
     (model / "sentence_bert_config.json").write_text('{"max_seq_length": 40, "do_lower_case": true}')
     (model / "config_sentence_transformers.json").write_text('{"prompts": {"query": "q: "}}')
     report = run_export(model, tmp_path / "o")
