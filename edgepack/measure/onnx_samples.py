@@ -44,12 +44,12 @@ def samples(*, artifact: str, threads: int, provider: str, progress: Progress = 
     for done, batch in enumerate((1, 2), 1):
         feeds, rules = {}, {}
         for port in session.inputs:
-            shape = tuple(_axis(axis, batch, index, port) for index, axis in enumerate(port.shape))
+            shape = tuple(_axis(axis, batch, index, port) for index, axis in enumerate(port.shape or ()))
             feeds[port.name], rules[port.name] = _fixed(port.name, shape)
         outputs = session.run(feeds)
         found.append({"inputs": rules, "outputs": {name: _summary(value) for name, value in outputs.items()}})
         progress(done, 2)
-        if any(isinstance(port.shape[0], int) for port in session.inputs):
+        if any(isinstance((port.shape or ("",))[0], int) for port in session.inputs):
             break  # a graph with a fixed batch has one
     return found
 

@@ -94,7 +94,7 @@ def _store_weight(graph: Graph, product: Product, factor: Floats | None, pair_sa
         weight = graph.matrix(product)
         integers, scale = by_output(weight if factor is None else weight * factor[:, None], pair_safe=pair_safe)
         for stored, values in zip(names, (integers, scale, np.zeros(len(scale), np.int8)), strict=True):
-            graph.store(stored, values)
+            graph.store(stored, np.asarray(values))
     return names
 
 
@@ -138,7 +138,7 @@ def _product(graph: Graph, product: Product, parts: Sequence[str], weight: tuple
             ("Mul", [f"{stem}/float", f"{stem}/scale"], last),
         )
         for operator, inputs, output in steps:
-            options = {"to": _FLOAT} if operator == "Cast" else {}
+            options: dict[str, Any] = {"to": _FLOAT} if operator == "Cast" else {}
             name = f"{stem}/{operator}" + ("/scale" if output == f"{stem}/scale" else "")
             nodes.append(helper.make_node(operator, inputs, [output], name=name, **options))
         results.append(last)

@@ -56,7 +56,7 @@ def _rows(graph: Graph, table: Table) -> list[Any]:
     names = f"{table.weight}/rows/int8", f"{table.weight}/rows/int8/scale"
     if not graph.recall(*names):
         for name, values in zip(names, by_row(graph.array(table.weight)), strict=True):
-            graph.store(name, values)
+            graph.store(name, np.asarray(values))
     stem = table.node
     return [
         helper.make_node("Gather", [names[0], table.indices], [f"{stem}/int8"], name=f"{stem}/int8", axis=0),

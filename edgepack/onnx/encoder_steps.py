@@ -1,4 +1,4 @@
-"""Each step of a build for an encoder: export the graph, find the precision that pays, prove it in onnxruntime."""
+"""Each step of a build for an encoder: export the graph, quantize it, prove it in onnxruntime."""
 
 from __future__ import annotations
 
@@ -19,22 +19,14 @@ if TYPE_CHECKING:
     from edgepack.source import Source
     from edgepack.targets import Target
 
-SEARCH = "auto"
-# What `auto` tries, by the runtime's accelerator: neural processors take fixed ranges only.
-SEARCHED = {"npu": ("a16w8",)}
-SEARCHED_ELSEWHERE = ("int8", "int8-dynamic", "int8-weights", "fp32")
+# What the plan chooses from, best first: 8 bits lose next to nothing and are the fastest on every CPU.
+NAMES = ("int8", "int4")
 # A graph without weights, and what onnxruntime and the process that drives it hold before a model is loaded.
 GRAPH_BYTES = 400_000
 RUNTIME_MB = 90
 # onnxruntime packs matrices for its kernels when it loads them: file and packed copy are resident together at the peak.
 LOADED_COPIES = 2.0
-SAMPLES = 500
-# What the fidelity of an encoder must be where the profile does not say.
-DEFAULT_BUDGETS: Mapping[str, Mapping[str, float]] = {
-    "cosine_mean": {"min": 0.995},
-    "cosine_p01": {"min": 0.98},
-    "label_agreement": {"min": 0.99},
-}
+SAMPLES = 200
 # Files an app needs to make the model's input, beside tokenizer.json.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "sentence_bert_config.json",
@@ -61,15 +53,15 @@ def describe(source: Source, target: Target) -> Described:
 
 
 def names(described: Described, target: Target) -> tuple[str, ...]:
-    """One name: the search decides by measuring, not by prediction."""
-    return (SEARCH,)
+    """Recipes, best first."""
+    return NAMES
 
 
 def candidate(described: Described, source: Source, target: Target, quantize: str) -> Candidate:
-    """A precision and its estimated size; `auto` is estimated as 8 bits, which is what it finds when 8 bits suffice."""
-    from edgepack.onnx.recipes import recipe
+    """A recipe and its estimated size."""
+    from edgepack.onnx.recipes import recipe_named
 
-    bits = 8 if quantize == SEARCH else recipe(quantize).weight_bits
+    bits = recipe_named(quantize).weight_bits
     size = int(described.parameters * bits / 8 * (1.02 if bits < 16 else 1)) + GRAPH_BYTES
     ram = size * LOADED_COPIES / MB + RUNTIME_MB
     prediction = Prediction(size, 8 * size / described.parameters, ram, 0.0, 0.0, None, None, exact=False)
@@ -77,17 +69,16 @@ def candidate(described: Described, source: Source, target: Target, quantize: st
 
 
 def export(shop: Workshop, source: Source, plan: Plan, stem: str) -> Exported:
-    """Export the float graph, then quantize it as asked, or search for the precision that meets the budgets."""
+    """Export the float graph, then quantize it."""
     graph = _float_graph(shop, source, plan)
-    options = _quantizer_options(shop, source, plan)
-    inputs = {key: value for key, value in options.items() if key != "source"} | {
+    options = _quantizer_options(source, plan)
+    inputs = {key: value for key, value in options.items() if key not in ("source", "calibration")} | {
         "graph": graph.digest, "model": source.files, "calibration": sha256(calibration(plan.target)),
     }  # fmt: skip
 
     def write(folder: Path, handle: Any) -> dict[str, Any]:
-        function = "edgepack.onnx.search:choose" if plan.quantize == SEARCH else "edgepack.onnx.quantize:quantize"
         arguments = options | {"model": str(graph.path.parent), "folder": str(folder)}
-        report = run(function, arguments, what="quantization", progress=handle.progress)
+        report = run("edgepack.onnx.quantize:quantize", arguments, what="quantization", progress=handle.progress)
         return dict(report)
 
     return _stored(shop, "quantize", f"{stem}.onnx", inputs, write, extra=graph.report)
@@ -129,26 +120,19 @@ def _stored(
         bits = 8 * exported.size / report["parameters"]
         exported = Exported(entry, files, "model.onnx", report | {"bits_per_weight": bits})
         handle.cached = entry.cached
-        chosen = report.get("chosen") or report.get("recipe") or f"opset {report['opset']}"
+        chosen = report.get("recipe") or f"opset {report['opset']}"
         handle.outcome = f"{detail}  {exported.size / MB:,.1f} MB, {chosen}"
     return exported
 
 
-def _quantizer_options(shop: Workshop, source: Source, plan: Plan) -> dict[str, Any]:
+def _quantizer_options(source: Source, plan: Plan) -> dict[str, Any]:
     target = plan.target
-    common = {"arch": target.device.arch, "source": str(source.path)}
-    if plan.quantize != SEARCH:
-        return common | {
-            "recipe": plan.quantize, "calibration": str(calibration(target)), "provider": target.onnx.provider,
-        }  # fmt: skip
-    limits = target.limits()
-    budgets = {name: dict(limits.get(name, default)) for name, default in DEFAULT_BUDGETS.items()}
-    return common | {
-        "task": target.onnx.task,
-        "recipes": list(SEARCHED.get(target.device.accelerator, SEARCHED_ELSEWHERE)),
-        "budgets": budgets,
-        "text": str(calibration(target)),
-        "threads": shop.threads,
+    return {
+        "recipe": plan.quantize,
+        "calibration": str(calibration(target)),
+        "arch": target.device.arch,
+        "provider": target.onnx.provider,
+        "source": str(source.path),
     }
 
 
@@ -267,5 +251,5 @@ def tokenizer(source: Source, exported: Exported) -> dict[str, bytes]:
 
 def recipe(exported: Exported) -> dict[str, Any]:
     """What came of the options, for the manifest."""
-    keys = ("task", "inputs", "outputs", "opset", "chosen", "recipe", "kept", "twice", "candidates", "sentence")
+    keys = ("task", "inputs", "outputs", "opset", "recipe", "kept", "twice", "sentence")
     return {key: exported.report[key] for key in keys if exported.report.get(key) is not None}

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 # Classes of transformers, as `architectures` of config.json names them. Each is proved on a random checkpoint against
 # transformers (tests/onnx/test_decoder_architectures.py). What the builder has beyond these is left out: ChatGLM and
-# InternLM2 run code from the hub; vision and audio models would lose their vision and hearing.
+# InternLM2 run code from the hub; vision and audio models would lose their vision and hearing; OLMo comes out wrong
+# (RMS norms in place of layer norms) and SmolLM3 not at all (layers without rotary positions) with builder 0.18.
 ARCHITECTURES: tuple[str, ...] = (
     "Ernie4_5ForCausalLM",
     "Gemma2ForCausalLM",
@@ -39,12 +40,10 @@ ARCHITECTURES: tuple[str, ...] = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "NemotronForCausalLM",
-    "OlmoForCausalLM",
     "Phi3ForCausalLM",
     "PhiForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
-    "SmolLM3ForCausalLM",
 )
 
 PROVIDERS: Mapping[str, str] = MappingProxyType(
@@ -107,6 +106,7 @@ def draw(checkpoint: Checkpoint, folder: Path, *, precision: str, provider: str,
         with _patched(base.Model, checkpoint, held):
             arguments = ("", str(checkpoint.path), str(folder), precision, provider, str(scratch / "cache"))
             options = builder.parse_extra_options(*arguments, _options(checkpoint, precision))
+            _repair(options["hf_details"]["hf_config"], str(checkpoint.path))
             try:
                 builder.create_model(*arguments, **options)
             except NotImplementedError as error:
@@ -124,6 +124,28 @@ def _options(checkpoint: Checkpoint, precision: str) -> list[str]:
     # hf_token=false: the builder would otherwise look for a token; there is none, and no network.
     shared = precision.startswith("fp") and checkpoint.config.get("tie_word_embeddings", False) is True
     return ["hf_token=false", "hf_remote=false", f"shared_embeddings={str(shared).lower()}"]
+
+
+def _repair(config: Any, where: str) -> None:
+    """Give the builder the keys it looks for, where transformers 5 names them otherwise.
+
+    Source: onnxruntime_genai/models/builders/base.py, which reads `rms_norm_eps` or takes 1e-6; gemma.py, which reads
+    `rope_local_base_freq` and one flat `rope_parameters`.
+    """
+    if not hasattr(config, "rms_norm_eps"):
+        named = [getattr(config, name) for name in ("norm_eps", "layer_norm_eps") if hasattr(config, name)]
+        if named:
+            config.rms_norm_eps = named[0]
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and "full_attention" in rope:
+        kinds = {name: rope[name].get("rope_type", "default") for name in ("full_attention", "sliding_attention")}
+        if set(kinds.values()) != {"default"}:
+            raise InputRefused(
+                f"{where}: rotary positions of type {kinds}; onnxruntime-genai's builder scales all layers alike",
+                hint="Build it as GGUF: --format gguf.",
+            )
+        config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+        config.rope_parameters = dict(rope["full_attention"])
 
 
 @contextlib.contextmanager

@@ -146,5 +146,5 @@ def _pair_sums(weight: Floats) -> Floats:
     """Per output, the largest sum of one sign over all pairs of inputs."""
     pairs = _pairs(weight)
     positive = np.maximum(pairs, 0).sum(axis=1).max(axis=0)
-    sums: Floats = np.maximum(positive, np.maximum(-pairs, 0).sum(axis=1).max(axis=0))
+    sums: Floats = np.maximum(positive, np.maximum(np.negative(pairs), 0).sum(axis=1).max(axis=0))
     return sums

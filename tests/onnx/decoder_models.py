@@ -33,12 +33,60 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {"tie_word_embeddings": True},
     "MistralForCausalLM": {"sliding_window": None},
     "NemotronForCausalLM": {"partial_rotary_factor": 0.5, "head_dim": 32},
-    "OlmoForCausalLM": {"clip_qkv": None},
     "Phi3ForCausalLM": {"original_max_position_embeddings": 128},
     "PhiForCausalLM": {"partial_rotary_factor": 0.5, "num_attention_heads": 2, "num_key_value_heads": 2},
     "Qwen2ForCausalLM": {"tie_word_embeddings": True},
     "Qwen3ForCausalLM": {"head_dim": 16},
-    "SmolLM3ForCausalLM": {"no_rope_layers": [1, 1, 0]},
+}
+# Variants of one architecture: what else its configuration can ask for.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama, untied, with biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "Llama 3 positions": (
+        "LlamaForCausalLM",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "linear positions": (
+        "Qwen2ForCausalLM",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    "YaRN positions": (
+        "Qwen2ForCausalLM",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "long positions": (
+        "Phi3ForCausalLM",
+        {
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0 + 0.1 * i for i in range(8)],
+                "long_factor": [1.0 + 0.5 * i for i in range(8)],
+            },
+        },
+    ),
+    "dynamic positions": (
+        "HunYuanDenseV1ForCausalLM",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0}},
+    ),
+    "Mistral with a window": ("MistralForCausalLM", {"sliding_window": 16}),
+    "Gemma 2 with a window": ("Gemma2ForCausalLM", {"sliding_window": 16}),
 }
 
 
@@ -74,9 +122,10 @@ def differences(*, folder: str, recipe: str, architectures: list[str], progress:
     from edgepack.onnx.decoder import export
 
     found: dict[str, Any] = {}
-    for architecture in architectures:
-        source = make(Path(folder) / architecture, architecture)
-        target = Path(folder) / f"{architecture}-onnx"
+    for name in architectures:
+        architecture, changes = VARIANTS.get(name, (name, {}))
+        source = make(Path(folder) / name, architecture, **changes)
+        target = Path(folder) / f"{name}-onnx"
         target.mkdir()
         report = export(model=str(source), folder=str(target), recipe=recipe, options={"threads": 1})
         ids = torch.randint(4, 2048, (1, 60), generator=torch.Generator().manual_seed(1))
@@ -85,7 +134,7 @@ def differences(*, folder: str, recipe: str, architectures: list[str], progress:
         with torch.no_grad():
             expected = model(ids, use_cache=False).logits[0].numpy()
         logits = in_steps(target, ids[0].tolist())
-        found[architecture] = {
+        found[name] = {
             "difference": float(abs(logits - expected).max()),
             "largest": float(abs(expected).max()),
             "streamed": report["streamed"],

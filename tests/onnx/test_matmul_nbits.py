@@ -133,5 +133,5 @@ def test_zeros_stay_zeros() -> None:
 def test_weights_that_no_scale_holds_are_refused_with_their_place(value: float) -> None:
     rows = torch.ones(2, 64)
     rows[1, 3] = value
-    with pytest.raises(InputRefused, match="model.w: 1 of 4 blocks"):
+    with pytest.raises(InputRefused, match=r"model\.w: 1 of 4 blocks"):
         quantize(rows, Format(4, 32), where="model.w")
