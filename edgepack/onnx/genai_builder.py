@@ -46,6 +46,18 @@ ARCHITECTURES: tuple[str, ...] = (
     "Qwen3ForCausalLM",
 )
 
+# Types of rotary positions that come out right, by class where they differ from the usual ones (same test).
+_USUAL_POSITIONS = ("default", "linear", "yarn")
+_POSITIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "LlamaForCausalLM": ("default", "llama3"),
+        "NemotronForCausalLM": ("default",),
+        "Phi3ForCausalLM": ("default", "longrope"),
+        "HunYuanDenseV1ForCausalLM": ("default", "dynamic"),
+        "Gemma3ForCausalLM": ("default",),
+    }
+)
+
 PROVIDERS: Mapping[str, str] = MappingProxyType(
     {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "webgpu": "WebGpuExecutionProvider"}
     | {"NvTensorRtRtx": "NvTensorRTRTXExecutionProvider"}
@@ -130,22 +142,41 @@ def _repair(config: Any, where: str) -> None:
     """Give the builder the keys it looks for, where transformers 5 names them otherwise.
 
     Source: onnxruntime_genai/models/builders/base.py, which reads `rms_norm_eps` or takes 1e-6; gemma.py, which reads
-    `rope_local_base_freq` and one flat `rope_parameters`.
+    `rope_local_base_freq` and one flat `rope_parameters`. Without `layer_types` (Mistral, Phi-3) it would ignore the
+    attention window.
     """
     if not hasattr(config, "rms_norm_eps"):
         named = [getattr(config, name) for name in ("norm_eps", "layer_norm_eps") if hasattr(config, name)]
         if named:
             config.rms_norm_eps = named[0]
+    if getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None:
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
     rope = getattr(config, "rope_parameters", None)
-    if isinstance(rope, dict) and "full_attention" in rope:
-        kinds = {name: rope[name].get("rope_type", "default") for name in ("full_attention", "sliding_attention")}
-        if set(kinds.values()) != {"default"}:
-            raise InputRefused(
-                f"{where}: rotary positions of type {kinds}; onnxruntime-genai's builder scales all layers alike",
-                hint="Build it as GGUF: --format gguf.",
-            )
-        config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
-        config.rope_parameters = dict(rope["full_attention"])
+    if not isinstance(rope, dict):
+        return
+    flat = dict(rope.get("full_attention", rope))
+    if flat is not rope and "sliding_attention" in rope:
+        local = rope["sliding_attention"]
+        if (kinds := {flat.get("rope_type", "default"), local.get("rope_type", "default")}) != {"default"}:
+            raise _unknown_positions(config, where, sorted(kinds))
+        config.rope_local_base_freq = local["rope_theta"]
+    kind = flat.setdefault("rope_type", "default")
+    if kind not in _POSITIONS.get(config.architectures[0], _USUAL_POSITIONS):
+        raise _unknown_positions(config, where, [kind])
+    if kind == "longrope":
+        flat.setdefault("type", kind)
+    if kind == "yarn":  # defaults of transformers modeling_rope_utils.py
+        flat.setdefault("beta_fast", 32)
+        flat.setdefault("beta_slow", 1)
+    config.rope_parameters = flat
+
+
+def _unknown_positions(config: Any, where: str, kinds: list[str]) -> InputRefused:
+    return InputRefused(
+        f"{where}: rotary positions of type {' and '.join(kinds)} in a {config.architectures[0]}; "
+        "onnxruntime-genai's builder would compute others",
+        hint="Build it as GGUF: --format gguf.",
+    )
 
 
 @contextlib.contextmanager

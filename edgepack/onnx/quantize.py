@@ -297,10 +297,10 @@ def smooth_in_float(graph: Graph, found: Sequence[Unit], factors: dict[str, Floa
 
 
 def _left_in_float(graph: Graph) -> dict[str, int]:
-    """Operators that still read a large float32 tensor, with their numbers."""
+    """Operators that still read a large float32 matrix or kernel, with their numbers."""
     left: Counter[str] = Counter()
     for node in graph.nodes:
         read = [graph.stored[name] for name in node.input if name in graph.stored]
-        if any(tensor.data_type == 1 and np.prod(tensor.dims) >= _LARGE for tensor in read):
+        if any(tensor.data_type == 1 and len(tensor.dims) > 1 and np.prod(tensor.dims) >= _LARGE for tensor in read):
             left[node.op_type] += 1
     return dict(sorted(left.items()))

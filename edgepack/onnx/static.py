@@ -107,6 +107,7 @@ def quantize_static(graph: Graph, ranges: Ranges, *, keep: Collection[str], arch
             options,
         )
         quantizer.quantize_model()
+        quantizer.model.topological_sort()
         return Graph(quantizer.model.model, graph.inputs)
 
 
@@ -159,8 +160,7 @@ def _pair_safe(graph: Graph, wanted: Collection[str], keep: Collection[str]) -> 
 
     def entries(axis: int, scales: Any) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = [
-            {"quant_type": QuantType.QInt8, "symmetric": True, "scale": scale, "zero_point": np.int8(0)}
-            for scale in scales
+            {"quant_type": QuantType.QInt8, "scale": scale, "zero_point": np.int8(0)} for scale in scales
         ]
         found[0]["axis"] = axis
         return found
