@@ -81,7 +81,7 @@ def _card(checkpoint: Checkpoint) -> Mapping[str, Any]:
     match = _FRONT_MATTER.match(checkpoint.text("README.md") or "")
     if match is None or len(match[1]) > _MAX_FRONT_MATTER:
         return {}
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         card = yaml.safe_load(match[1])

@@ -46,8 +46,9 @@ ARCHITECTURES: tuple[str, ...] = (
     "Qwen3ForCausalLM",
 )
 
-# Types of rotary positions that come out right, by class where they differ from the usual ones (same test).
-_USUAL_POSITIONS = ("default", "linear", "yarn")
+# Types of rotary positions that come out right, by class where they differ from the usual ones (same test). YaRN does
+# not: the builder leaves out the rounding of the range that transformers does (`truncate` in modeling_rope_utils.py).
+_USUAL_POSITIONS = ("default", "linear")
 _POSITIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "LlamaForCausalLM": ("default", "llama3"),
@@ -163,11 +164,7 @@ def _repair(config: Any, where: str) -> None:
     kind = flat.setdefault("rope_type", "default")
     if kind not in _POSITIONS.get(config.architectures[0], _USUAL_POSITIONS):
         raise _unknown_positions(config, where, [kind])
-    if kind == "longrope":
-        flat.setdefault("type", kind)
-    if kind == "yarn":  # defaults of transformers modeling_rope_utils.py
-        flat.setdefault("beta_fast", 32)
-        flat.setdefault("beta_slow", 1)
+    flat.setdefault("type", kind)
     config.rope_parameters = flat
 
 

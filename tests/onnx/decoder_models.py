@@ -58,20 +58,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2ForCausalLM",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
-    "YaRN positions": (
-        "Qwen2ForCausalLM",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 4096,
-            },
-            "max_position_embeddings": 16384,
-            "hidden_size": 128,
-            "num_attention_heads": 2,
-        },
-    ),
     "long positions": (
         "Phi3ForCausalLM",
         {
@@ -163,3 +149,21 @@ def in_steps(folder: Path, ids: list[int], first: int = 25) -> Any:
 def config_of(folder: Path) -> dict[str, Any]:
     """genai_config.json."""
     return dict(json.loads((folder / "genai_config.json").read_text()))
+
+
+def exports(*, jobs: list[dict[str, Any]], progress: Any) -> list[dict[str, Any]]:
+    """Run exports one after another in one process; what each returned, or its error."""
+    from edgepack.errors import EdgepackError
+    from edgepack.onnx.decoder import export
+
+    found = []
+    for job in jobs:
+        seen: list[tuple[int, int]] = []
+        folder = Path(job["folder"])
+        folder.mkdir(exist_ok=True)
+        try:
+            result = export(**job, progress=lambda done, total, seen=seen: seen.append((done, total)))
+            found.append({"result": result, "progress": [seen[0], seen[-1]], "sorted": seen == sorted(seen)})
+        except EdgepackError as error:
+            found.append({"error": error.as_json(), "left": sorted(path.name for path in folder.iterdir())})
+    return found
