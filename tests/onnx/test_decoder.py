@@ -47,7 +47,7 @@ def job(model: Path, folder: Path, recipe: str, *, provider: str = "cpu", **opti
 
 @pytest.fixture(scope="module")
 def made(example: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """The example in every recipe for CPU, and once more in another folder with more threads: name -> folder, report."""
+    """The example in every recipe for CPU, and once more elsewhere with more threads: name -> folder, report."""
     root = tmp_path_factory.mktemp("decoders")
     elsewhere = Path(shutil.copytree(example, tmp_path_factory.mktemp("elsewhere") / "renamed"))
     jobs = {
