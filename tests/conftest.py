@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,12 @@ import pytest
 from genai_packages import built
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "models" / "tiny-llama-5m"
+
+# A shell's background jobs and nohup start with these ignored, and every child would inherit that: tests that send a
+# signal to a build must find it heard.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

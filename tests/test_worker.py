@@ -73,9 +73,10 @@ def test_the_child_loads_nothing_heavy():
 
 def test_progress_is_throttled_and_ends_with_the_last_step():
     seen = []
+    started = time.monotonic()
     assert call("counts", progress=lambda done, total: seen.append((done, total)), total=5000, seconds=0.5) == 5000
     assert seen[-1] == (5000, 5000)
-    assert 2 <= len(seen) <= 20
+    assert 2 <= len(seen) <= 20 * (time.monotonic() - started) + 2  # 20 a second, the first and the last
     assert seen == sorted(seen)
 
 
