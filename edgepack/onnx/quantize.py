@@ -1,7 +1,7 @@
 """Quantize an exported encoder: one float32 graph in, one quantized graph out.
 
 The same graph, recipe, calibration data and toolchain give the same bytes. What the recipes are is in `recipes.py`;
-which one to take, and which nodes to treat better, is `search.py`'s business. Runs in a worker process only.
+which one to take, and which nodes to treat better, is the caller's to say. Runs in a worker process only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What an encoder can be quantized to: one row per name that `--quantize` takes.
 
 Rows are data; how a row is carried out is in `dynamic.py`, `static.py`, `blocks.py` and `half.py`. Sizes are bits per
-weight on disk, scales included. Does not know which row suits a model: `search.py` measures that.
+weight on disk, scales included. Does not know which row suits a model.
 """
 
 from __future__ import annotations
