@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def test_quantiles_of_few_samples_say_so(rows: dict[str, dict[str, Any]]) -> Non
 def test_peak_memory_holds_the_model_and_states_pythons_share(rows: dict[str, dict[str, Any]], q4: Path) -> None:
     peak = rows["peak_rss_mb"]
     assert peak["value"] > peak["before_load"] + q4.stat().st_size / 1e6
-    assert f"{peak['before_load']:.0f} MB" in peak["note"]
+    stated = re.search(r"(\d+) MB of it are Python", peak["note"])
+    assert stated is not None
+    assert abs(int(stated[1]) - peak["before_load"]) <= 0.6  # the row keeps a decimal more than the sentence
     assert peak["value"] < 400  # a 5M model in a fresh process; this test process is larger
 
 
