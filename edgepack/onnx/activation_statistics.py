@@ -23,20 +23,19 @@ from typing import Any
 
 import torch
 
-from edgepack.errors import StepError
+from edgepack.errors import EdgepackError, InputRefused, StepError
 from edgepack.worker import Progress, no_progress
 
 _SEED = 20260101
 MOMENTS_BYTES = 2 << 30  # of second moments held at a time; more matrices take more passes over the text
 
 
-def load_model(folder: Path, threads: int) -> Any:
+def load_model(folder: Path) -> Any:
     """The model in float32, without gradients of its weights."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
     )
@@ -88,7 +87,8 @@ class Collector:
         """Mean squared gradients of the outputs of layers, and of the embedding's output.
 
         Raises:
-            StepError: The model gives NaN or infinite logits.
+            InputRefused: It gives NaN or infinite logits, because such weights are in it.
+            StepError: It gives them with finite weights.
         """
         sums = {name: torch.zeros(layer.out_features) for name, layer in layers.items()}
         embedding = torch.zeros(self._model.get_input_embeddings().embedding_dim)
@@ -106,12 +106,22 @@ class Collector:
                 with torch.enable_grad():
                     logs = torch.log_softmax(self._model(inputs_embeds=inputs, use_cache=False).logits[0], dim=-1)
                     if not torch.isfinite(logs).all():
-                        raise StepError("calibration: the model gives NaN or infinite logits on the calibration text")
+                        raise self._not_finite()
                     labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
                     (gradient,) = torch.autograd.grad(-logs.gather(1, labels).sum(), inputs)
                 embedding += gradient[0].square().sum(0)
                 progress(done, len(self._windows))
         return {name: total / self._tokens for name, total in sums.items()}, embedding / self._tokens
+
+    def _not_finite(self) -> EdgepackError:
+        for name, parameter in self._model.named_parameters():
+            bad = int((~torch.isfinite(parameter)).sum())
+            if bad:
+                return InputRefused(
+                    f"{name}: {bad} of {parameter.numel()} weights are NaN or infinite, expected finite ones",
+                    hint="The checkpoint is damaged, or it overflowed in training.",
+                )
+        return StepError("calibration: the model gives NaN or infinite logits on the calibration text")
 
     def moments(self, layers: dict[str, Any], progress: Progress = no_progress) -> dict[str, torch.Tensor]:
         """Second moments of the inputs of layers; layers that are given the same tensor share one."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from edgepack.errors import StepError
-from edgepack.onnx.matmul_nbits import Format, Quantized, best_scales, check_scales, pack, to_grid
+from edgepack.onnx.matmul_nbits import Format, Quantized, Where, best_scales, check_scales, pack, to_grid
 
 _DAMPING = 0.01  # of the mean diagonal of H; the paper's value
 _LAZY = 128  # columns before the rest of the matrix is updated; the paper's value
@@ -44,14 +44,14 @@ def inverse_factor(moments: torch.Tensor) -> torch.Tensor:
     return upper
 
 
-def quantize_columns(weights: torch.Tensor, factor: torch.Tensor, form: Format, *, where: str) -> Quantized:
+def quantize_columns(weights: torch.Tensor, factor: torch.Tensor, form: Format, *, where: Where) -> Quantized:
     """Quantize a matrix with error feedback.
 
     Args:
         weights: float32 `[rows, width]`; not changed.
         factor: From `inverse_factor`, `[width, width]`.
         form: The format; width must be whole blocks.
-        where: Names the matrix in an error.
+        where: As `matmul_nbits.quantize`.
 
     Raises:
         InputRefused: As `matmul_nbits.quantize`.

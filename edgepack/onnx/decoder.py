@@ -60,8 +60,8 @@ def export(
         recipe: A key of `RECIPES`.
         provider: A key of `PROVIDERS`.
         options: `threads` (default 2); `context`: most tokens a generation may hold, default what the model was made
-            for (the cache is allocated for it); with calibration: `bits_per_weight` (size of the matrices, default
-            5.0), `calibration` (path of a text, default the packaged one), `windows` of 512 tokens (default 32).
+            for (the cache is allocated for it); with calibration: `bits_per_weight` (of the whole package, default
+            5.1), `calibration` (path of a text, default the packaged one), `windows` of 512 tokens (default 64).
         progress: In weights written.
 
     Returns:
@@ -155,9 +155,10 @@ def _by_recipe(found: Sequence[Matrix], recipe: Recipe, provider: str) -> dict[s
     by_part = {"head": recipe.head, "embedding and head": recipe.head, "embedding": recipe.embedding}
     chosen = {}
     for matrix in found:
-        form = by_part.get(matrix.part, recipe.body)
-        if form is not None and quantizable(matrix, Format(*form), provider):
-            chosen[matrix.name] = (matrix, Format(*form))
+        named = by_part.get(matrix.part, recipe.body)
+        form = None if named is None else Format(*named).fitted(matrix.width)
+        if form is not None and quantizable(matrix, form, provider):
+            chosen[matrix.name] = (matrix, form)
     return chosen
 
 

@@ -10,7 +10,10 @@ The calibration text is never the evaluation text (`edgepack/text.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,15 @@ from edgepack.errors import InputRefused
 from edgepack.onnx.activation_statistics import Collector, groups, linear_layers, load_model
 from edgepack.onnx.column_feedback import inverse_factor, quantize_columns
 from edgepack.onnx.decoder_graph import Matrix, quantizable
-from edgepack.onnx.deferred import materialize, sources
+from edgepack.onnx.deferred import materialize, not_finite, sources
 from edgepack.onnx.matmul_nbits import Format, Quantized, quantize
 from edgepack.onnx.mixed_precision import Choice, choose
 from edgepack.text import WINDOW_TOKENS, default_calibration_text, read_text, text_sha256, windows
 
-# What a matrix may be stored in, per provider class. Blocks of 16 have no KleidiAI kernel: they are left out.
+# What a matrix may be stored in. Blocks of 16 would pay, but have no KleidiAI kernel.
 _FORMATS = (Format(4, 32), Format(8, 32))
+# Prices need less text than second moments, and three times the work for each window.
+_GRADIENT_WINDOWS = 16
 
 
 def calibrated(
@@ -53,24 +58,26 @@ def calibrated(
     path = Path(settings["calibration"]) if settings["calibration"] else default_calibration_text()
     text = read_text(path)
     pieces = windows(_tokens(checkpoint.path, text), WINDOW_TOKENS, settings["windows"])
-    model = load_model(checkpoint.path, settings["threads"])
+    threads = settings["threads"]
+    model = load_model(checkpoint.path)
     layers = linear_layers(model, {name for matrix in found for name in sources(matrix.weights)})
-    collector = Collector(model, pieces)
-    gradients, lookups = collector.gradients(layers)
+    with _torch_threads(threads):
+        gradients, lookups = Collector(model, pieces[:_GRADIENT_WINDOWS]).gradients(layers)
     options: dict[str, list[Choice[Format]]] = {}
     codes: dict[tuple[str, Format], Quantized] = {}
-    torch.set_num_threads(settings["threads"])
     for part in groups(layers):
-        moments = collector.moments(part)
-        for matrix in found:
-            names = sources(matrix.weights)
-            if names and names[0] in moments and matrix.name not in options:
-                outputs = _outputs(matrix, [gradients[name] for name in names if name in gradients])
-                options[matrix.name] = list(_priced(matrix, moments[names[0]], outputs, lookups, provider, codes))
-    del model
+        with _torch_threads(threads):
+            moments = Collector(model, pieces).moments(part)
+        ready = [matrix for matrix in found if (sources(matrix.weights) or ("",))[0] in moments]
+        with ThreadPoolExecutor(threads) as pool:
+            price = partial(_priced, moments=moments, gradients=gradients, lookups=lookups, provider=provider)
+            for matrix, (choices, made) in zip(ready, pool.map(price, ready), strict=True):
+                options[matrix.name] = choices
+                codes |= {(matrix.name, form): quantized for form, quantized in made.items()}
     for matrix in found:
-        if matrix.name not in options:
-            options[matrix.name] = [Choice(Format(8, 32), Format(8, 32).nbytes(matrix.rows, matrix.width), 0.0)]
+        form = Format(8, 32).fitted(matrix.width)
+        if matrix.name not in options and quantizable(matrix, form, provider):
+            options[matrix.name] = [Choice(form, form.nbytes(matrix.rows, matrix.width), 0.0)]
     chosen = choose(options, budget)
     kept = {name: codes[name, choice.form] for name, choice in chosen.items() if (name, choice.form) in codes}
     by_name = {matrix.name: matrix for matrix in found}
@@ -85,28 +92,45 @@ def calibrated(
 
 def _priced(
     matrix: Matrix,
-    moments: torch.Tensor,
-    outputs: torch.Tensor,
+    *,
+    moments: Mapping[str, torch.Tensor],
+    gradients: Mapping[str, torch.Tensor],
     lookups: torch.Tensor,
     provider: str,
-    codes: dict[tuple[str, Format], Quantized],
-) -> Any:
-    """Bytes and cost of a matrix in each format it can be stored in; keeps the codes of those with feedback."""
-    weights = materialize(matrix.weights).to(torch.float32).contiguous()
-    factor = None
-    for form in _FORMATS:
-        if not quantizable(matrix, form, provider):
-            continue
-        if form.bits == 4 and matrix.width % form.block == 0:
-            factor = inverse_factor(moments) if factor is None else factor
-            made = codes[matrix.name, form] = quantize_columns(weights, factor, form, where=matrix.name)
-        else:
-            made = quantize(weights, form, where=matrix.name)
-        error = made.dequantize() - weights
-        cost = 0.5 * float(outputs @ ((error @ moments) * error).sum(1))
-        if matrix.lookup is not None:
-            cost += 0.5 * float(error.square().mean(0) @ lookups)
-        yield Choice(form, form.nbytes(matrix.rows, matrix.width), cost)
+) -> tuple[list[Choice[Format]], dict[Format, Quantized]]:
+    """Bytes and cost of a matrix in each format it can be stored in, and the codes of those with feedback."""
+    names = sources(matrix.weights)
+    own = moments[names[0]]
+    outputs = _outputs(matrix, [gradients[name] for name in names if name in gradients])
+    where = partial(not_finite, matrix.weights, matrix.name)
+    choices, codes = [], {}
+    with torch.no_grad():
+        weights = materialize(matrix.weights).to(torch.float32).contiguous()
+        factor = inverse_factor(own)
+        for form in (form.fitted(matrix.width) for form in _FORMATS):
+            if not quantizable(matrix, form, provider):
+                continue
+            if form.bits == 4 and matrix.width % form.block == 0:
+                made = codes[form] = quantize_columns(weights, factor, form, where=where)
+            else:
+                made = quantize(weights, form, where=where)
+            error = made.dequantize() - weights
+            cost = 0.5 * float(outputs @ ((error @ own) * error).sum(1))
+            if matrix.lookup is not None:
+                cost += 0.5 * float(error.square().mean(0) @ lookups)
+            choices.append(Choice(form, form.nbytes(matrix.rows, matrix.width), cost))
+    return choices, codes
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """Threads for the forward and backward passes; small operations outside of them are slower with more than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _outputs(matrix: Matrix, parts: Sequence[torch.Tensor]) -> torch.Tensor:

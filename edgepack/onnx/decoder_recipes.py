@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import UsageError
 from edgepack.onnx.genai_builder import PROVIDERS
+from edgepack.text import WINDOW_TOKENS
 
 if TYPE_CHECKING:
     from edgepack.checkpoint import Checkpoint
@@ -59,7 +60,7 @@ _ROWS = (
 RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _ROWS})
 
 _DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {"threads": 2, "context": None, "bits_per_weight": 5.1, "calibration": None, "windows": 32}
+    {"threads": 2, "context": None, "bits_per_weight": 5.1, "calibration": None, "windows": 64}
 )
 _CALIBRATION_ONLY = ("bits_per_weight", "calibration", "windows")
 _RANGES = (("threads", 1, 1024), ("windows", 2, 4096), ("context", 1, 1 << 24))
@@ -67,7 +68,9 @@ _RANGES = (("threads", 1, 1024), ("windows", 2, 4096), ("context", 1, 1 << 24))
 # Resident memory, measured on Linux with torch 2.13 and onnxruntime-genai 0.18 (docs/onnx-decoders.md): imports and the
 # graph of a model of 16 layers, and the temporaries of one thread.
 _IMPORTS_BYTES, _THREAD_BYTES = 450 << 20, 64 << 20
-_ACTIVATIONS_BYTES = 600 << 20  # of one window of 512 tokens with gradients, second moments, transformers' own imports
+_CALIBRATING_BYTES = 150 << 20  # transformers' models, autograd
+_MOMENTS_BYTES = 2 << 30  # `activation_statistics.MOMENTS_BYTES`, which needs torch to import
+_FACTORS = 3  # copies of the largest second moments while one thread inverts them
 
 
 def find_recipe(name: str) -> Recipe:
@@ -106,6 +109,15 @@ def check_recipe(recipe: str, provider: str) -> Recipe:
     return chosen
 
 
+def taken_by(recipe: str, provider: str) -> bool:
+    """Whether the provider can run what the recipe makes."""
+    try:
+        check_recipe(recipe, provider)
+    except UsageError:
+        return False
+    return provider in PROVIDERS
+
+
 def check_options(options: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """The options of an export with their defaults; see `decoder.export` for what they mean.
 
@@ -132,32 +144,55 @@ def check_options(options: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     return settings
 
 
-def memory_bytes(parameters: int, recipe: str, *, largest: int = 0, threads: int = 2) -> int:
+def memory_bytes(recipe: str, *, largest: int = 0, threads: int = 2, calibration: int = 0) -> int:
     """Resident memory an export is predicted to need at its peak.
 
     Args:
-        parameters: Of the model.
         recipe: A key of `RECIPES`.
         largest: Weights of the largest matrix that is computed whole: query, key and value joined, or the experts of a
             layer. An embedding or output matrix never is. 0: small beside the rest.
         threads: Worker threads.
+        calibration: Bytes that calibration holds beside, from `calibration_bytes`.
 
     Raises:
         UsageError: Unknown recipe.
     """
     streamed = _IMPORTS_BYTES + threads * _THREAD_BYTES + 12 * largest
-    if not find_recipe(recipe).calibrated:
-        return streamed
-    # float32 weights in transformers, and the codes of every matrix in 4 bits.
-    return streamed + _ACTIVATIONS_BYTES + 5 * parameters
+    return streamed + (calibration if find_recipe(recipe).calibrated else 0)
 
 
-def predicted_bytes(checkpoint: Checkpoint, recipe: str, *, bits_per_weight: float | None = None) -> int:
-    """Bytes of graph and data that an export for CPU will write, within one percent; reads no weights.
+def calibration_bytes(checkpoint: Checkpoint, threads: int) -> int:
+    """What calibration holds beside: the model in float32 and its codes, second moments, gradients of one window."""
+    config = checkpoint.config
+    width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+    shapes = [info.shape for name, info in checkpoint.tensors.items() if len(info.shape) == 2 and ".layers." in name]
+    widths = [shape[-1] for shape in shapes] or [width]
+    # Matrices that share an input share its moments: query, key, value; gate and up.
+    moments = 4 * sum(count * layers * size**2 for count, size in ((3, width), (1, max(widths))))
+    inverting = threads * _FACTORS * 4 * max(widths) ** 2
+    activations = 4 * WINDOW_TOKENS * (layers * (10 * width + 4 * max(widths)) + 4 * int(config["vocab_size"]))
+    return _CALIBRATING_BYTES + 5 * checkpoint.parameters + min(moments, _MOMENTS_BYTES) + inverting + activations
+
+
+def export_memory(checkpoint: Checkpoint, recipe: str, *, threads: int) -> int:
+    """`memory_bytes` of a checkpoint, from its headers."""
+    config, width = checkpoint.config, int(checkpoint.config["hidden_size"])
+    heads = int(config["num_attention_heads"])
+    head = int(config.get("head_dim") or width // heads)
+    joined = width * head * (heads + 2 * int(config.get("num_key_value_heads") or heads))
+    beside = calibration_bytes(checkpoint, threads)
+    return memory_bytes(recipe, largest=joined, threads=threads, calibration=beside)
+
+
+def predicted_bytes(
+    checkpoint: Checkpoint, recipe: str, *, provider: str = "cpu", bits_per_weight: float | None = None
+) -> int:
+    """Bytes of graph and data that an export will write, within one percent; reads no weights.
 
     Args:
         checkpoint: The model.
         recipe: A key of `RECIPES`.
+        provider: A key of `PROVIDERS`; all but the CPU keep float16 what is not quantized.
         bits_per_weight: The option of that name; None for its default.
 
     Raises:
@@ -168,15 +203,20 @@ def predicted_bytes(checkpoint: Checkpoint, recipe: str, *, bits_per_weight: flo
     if chosen.calibrated:
         return int((bits_per_weight or _DEFAULTS["bits_per_weight"]) * checkpoint.parameters / 8)
     head = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    size = 4 * head * int(config.get("max_position_embeddings") or 0)  # cosines and sines, float32
+    unit = 4 if provider == "cpu" else 2  # bytes of a weight that is not quantized
+    size = unit * head * int(config.get("max_position_embeddings") or 0)  # cosines and sines
     size += 15_000 + 6_700 * int(config["num_hidden_layers"])  # the graph itself, measured on Llama
     tied = "lm_head.weight" not in checkpoint.tensors
     for name, info in checkpoint.tensors.items():
         is_table = name.endswith("embed_tokens.weight")
         is_head = name == "lm_head.weight" or (is_table and tied)
         form = chosen.head if is_head else chosen.embedding if is_table else chosen.body
+        looked_up = is_table and provider == "NvTensorRtRtx"  # which has no quantized lookup
+        size += unit * info.parameters if looked_up else 0
+        if looked_up and not tied:
+            continue
         if form is None or len(info.shape) < 2:
-            size += 4 * info.parameters
+            size += unit * info.parameters
         else:
             size += info.parameters * form[0] // 8 + _SCALE_BYTES * -(-info.parameters // form[1])
     return size

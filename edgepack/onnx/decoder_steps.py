@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepack.backend import Candidate, Described
+from edgepack.errors import StepError
 from edgepack.events import step
 from edgepack.predict import MB, SPEED_RANGE, Prediction
 from edgepack.worker import run
-from edgepack.workshop import Exported, Workshop, keyed, machine_facts, refuse_changed, sha256, stamps
+from edgepack.workshop import (
+    Exported,
+    Workshop,
+    available_memory_bytes,
+    keyed,
+    machine_facts,
+    refuse_changed,
+    sha256,
+    stamps,
+)
 
 if TYPE_CHECKING:
-    from edgepack.checkpoint import Checkpoint
     from edgepack.planning import Plan
     from edgepack.source import Source
     from edgepack.targets import Target
 
-# Best first: what the plan tries against the budgets.
-AUTO = ("int8", "int4-mixed", "int4", "int4-small")
-# Graph and genai_config.json of a small model.
-GRAPH_BYTES = 150_000
+# Best first: what the plan tries against the budgets, where the provider takes it.
+AUTO = ("fp16", "int8", "int4-mixed", "int4", "int4-small")
 # onnxruntime-genai, its libraries and the process that drives them.
 RUNTIME_MB = 120
 # The providers ORT GenAI names, by what onnxruntime calls them.
@@ -53,61 +59,73 @@ def describe(source: Source, target: Target) -> Described:
 
 
 def names(described: Described, target: Target) -> Sequence[str]:
-    """Recipes, best first."""
-    return AUTO
+    """Recipes that the provider takes, best first."""
+    from edgepack.onnx.decoder_recipes import taken_by
+
+    return [name for name in AUTO if taken_by(name, _provider(target))]
 
 
 def candidate(described: Described, source: Source, target: Target, quantize: str) -> Candidate:
-    """A recipe and its predicted size, memory and speed."""
-    size = _stored_bytes(described.model, quantize)
-    kv = _cache_bytes(described.model.config, described.context)
+    """A recipe and its predicted size, memory and speed, and the memory that making it takes.
+
+    Raises:
+        UsageError: An unknown recipe, one that the provider can't run, or a size that does not belong to it.
+    """
+    from edgepack.onnx.decoder_recipes import check_options, check_recipe, export_memory, predicted_bytes
+
+    provider = _provider(target)
+    recipe = check_recipe(quantize, provider)
+    if target.onnx.bits_per_weight and recipe.calibrated:
+        check_options({"bits_per_weight": target.onnx.bits_per_weight}, recipe)
+    size = predicted_bytes(described.model, quantize, provider=provider, bits_per_weight=target.onnx.bits_per_weight)
+    kv = _cache_bytes(described.model.config, described.context, provider)
     bandwidth = target.device.memory_bandwidth_gbs * target.device.bandwidth_efficiency * 1e9
     speed = bandwidth / (size + kv / 2) if bandwidth > 0 else None
-    ram = (size + kv) / MB + RUNTIME_MB
     bounds = (speed * SPEED_RANGE[0], speed * SPEED_RANGE[1]) if speed else None
-    bits = 8 * size / described.parameters
-    return Candidate(quantize, Prediction(size, bits, ram, kv / MB, 0.0, speed, bounds, exact=False))
+    need = export_memory(described.model, quantize, threads=target.runtime.threads or target.device.cores)
+    prediction = Prediction(
+        artifact_bytes=size,
+        bits_per_weight=8 * size / described.parameters,
+        ram_mb=(size + kv) / MB + RUNTIME_MB,
+        kv_mb=kv / MB,
+        compute_mb=0.0,
+        decode_tokens_per_s=speed,
+        decode_range=bounds,
+        exact=False,
+        build_mb=need / MB,
+    )
+    return Candidate(quantize, prediction)
 
 
-def _stored_bytes(checkpoint: Checkpoint, quantize: str) -> int:
-    """Bytes of graph and weights: matrices with a float32 scale per block, vectors in float32."""
-    from edgepack.onnx.decoder import RECIPES, check_recipe
-
-    check_recipe(quantize, "cpu")
-    recipe = RECIPES[quantize]
-    tied = "lm_head.weight" not in checkpoint.tensors
-    size = GRAPH_BYTES
-    for name, info in checkpoint.tensors.items():
-        is_table = name.endswith("embed_tokens.weight")
-        stored = recipe.head if name == "lm_head.weight" or (is_table and tied) else recipe.body
-        stored = recipe.embedding if is_table and not tied else stored
-        weights = math.prod(info.shape)
-        size += (
-            weights * 4
-            if len(info.shape) < 2 or stored is None
-            else weights * stored[0] // 8 + 4 * weights // stored[1]
-        )
-    return size
-
-
-def _cache_bytes(config: Mapping[str, Any], context: int) -> int:
-    """The key-value cache, float32 on a CPU."""
+def _cache_bytes(config: Mapping[str, Any], context: int, provider: str) -> int:
+    """The key-value cache: float32 on a CPU, float16 elsewhere."""
     heads = int(config["num_attention_heads"])
     width = int(config.get("head_dim") or config["hidden_size"] // heads)
     kv_heads = int(config.get("num_key_value_heads") or heads)
-    return 2 * int(config["num_hidden_layers"]) * kv_heads * width * context * 4
+    return 2 * int(config["num_hidden_layers"]) * kv_heads * width * context * (4 if provider == "cpu" else 2)
+
+
+def _provider(target: Target) -> str:
+    """The target's provider as ORT GenAI names it; its own names are taken as well."""
+    return PROVIDERS.get(target.onnx.provider, target.onnx.provider)
 
 
 def export(shop: Workshop, source: Source, plan: Plan, stem: str) -> Exported:
-    """Write model.onnx, its weights, genai_config.json and the tokenizer: one streaming pass."""
-    options = {
-        "recipe": plan.quantize,
-        "provider": PROVIDERS.get(plan.target.onnx.provider, plan.target.onnx.provider),
-        "options": {"context": plan.context, "threads": shop.threads},
-    }
-    with step(shop.listener, "export", f"{stem}", unit="parts") as handle:
+    """Write model.onnx, its weights, genai_config.json and the tokenizer: one streaming pass.
+
+    Raises:
+        StepError: The machine lacks the memory it is predicted to take; nothing was started.
+    """
+    from edgepack.onnx.decoder_recipes import RECIPES
+
+    more: dict[str, Any] = {"context": plan.context, "threads": shop.threads}
+    if RECIPES[plan.quantize].calibrated and plan.target.onnx.bits_per_weight:
+        more["bits_per_weight"] = plan.target.onnx.bits_per_weight
+    options = {"recipe": plan.quantize, "provider": _provider(plan.target), "options": more}
+    with step(shop.listener, "export", f"{stem}", unit="weights") as handle:
 
         def make(folder: Path) -> None:
+            _refuse_without_memory(plan)
             before = stamps(source)
             report = run(
                 "edgepack.onnx.decoder:export",
@@ -125,6 +143,22 @@ def export(shop: Workshop, source: Source, plan: Plan, stem: str) -> Exported:
         handle.cached = entry.cached
         handle.outcome = f"{stem}  {exported.size / MB:,.1f} MB, {report['bits_per_weight']:.3f} bits/weight"
     return exported
+
+
+def _refuse_without_memory(plan: Plan) -> None:
+    """Refuse before the start what the system would kill in the middle."""
+    need, free = int((plan.prediction.build_mb or 0) * MB), available_memory_bytes()
+    if need <= free:
+        return
+    less = min(plan.candidates, key=lambda one: one.prediction.build_mb or 0)
+    words = "Free memory, or build on a larger machine."
+    if (less.prediction.build_mb or 0) * MB <= free:
+        words = f"Free memory, or --quantize {less.quantize}, which takes {less.prediction.build_mb:,.0f} MB."
+    raise StepError(
+        f"export to ORT GenAI: {plan.quantize} of {plan.parameters / 1e6:,.0f}M parameters takes about "
+        f"{need / MB:,.0f} MB of memory, and {free / MB:,.0f} MB are free",
+        hint=words,
+    )
 
 
 def conform(shop: Workshop, source: Source, plan: Plan, exported: Exported) -> dict[str, Any]:
@@ -193,6 +227,8 @@ def fidelity(
 
 def latency(shop: Workshop, target: Target, artifact: Path, digest: str, context: int) -> dict[str, Any]:
     """Time to first token, decode rate, load time and memory through ORT GenAI."""
+    if not _runs_here(target):
+        return {"rows": [], "machine": machine_facts()}
     measure = target.measure
     settings = {
         "prompt_tokens": min(measure.prompt_tokens, max(1, context - measure.decode_tokens - 1)),
@@ -218,7 +254,7 @@ def latency(shop: Workshop, target: Target, artifact: Path, digest: str, context
     return dict(found)
 
 
-def runtime(plan: Plan) -> dict[str, Any]:
+def runtime(plan: Plan, exported: Exported) -> dict[str, Any]:
     """Load options for `runtime.json`."""
     return {
         "engine": "onnxruntime-genai",
@@ -244,4 +280,4 @@ def recipe(exported: Exported) -> dict[str, Any]:
 
 def _runs_here(target: Target) -> bool:
     """A graph for another provider can be built here and not run."""
-    return target.onnx.provider == "CPUExecutionProvider"
+    return _provider(target) == "cpu"

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
-from edgepack.errors import InputRefused
 from edgepack.onnx.decoder_graph import Matrix, Stored, as_stored
-from edgepack.onnx.deferred import materialize, row_reader, without_casts
+from edgepack.onnx.deferred import materialize, not_finite, row_reader, without_casts
 from edgepack.onnx.matmul_nbits import Format, Quantized, quantize
 from edgepack.onnx.weight_file import Slot, WeightFile, stored_values
 from edgepack.worker import Progress
@@ -33,7 +33,7 @@ class Filling:
     def __init__(self, file: WeightFile, slots: Sequence[Slot], threads: int, progress: Progress) -> None:
         self._file, self._threads, self._progress = file, threads, progress
         self._offsets = {slot.stored.name: slot.offset or 0 for slot in slots}
-        self._total = sum(slot.stored.weights for slot in slots)
+        self._total = sum(slot.stored.weights for slot in slots if slot.offset is not None)
         self._done = 0
 
     def plain(self, slots: Sequence[Slot]) -> None:
@@ -64,7 +64,7 @@ class Filling:
         def one(start: int) -> int:
             stop = min(start + step, matrix.rows)
             if ready is None:
-                made = quantize(read(start, stop), form, where=matrix.name)
+                made = quantize(read(start, stop), form, where=partial(not_finite, matrix.weights, matrix.name))
                 codes, scales = made.codes, made.scales
             else:
                 codes, scales = ready.codes[start:stop], ready.scales[start:stop]
@@ -91,16 +91,6 @@ def _pieces(stored: Stored) -> Iterator[tuple[int, torch.Tensor]]:
         rows, width = values.shape
         step = max(1, _CHUNK_WEIGHTS // width)
         for start in range(0, rows, step):
-            part = stored_values(read(start, min(start + step, rows)), stored.kind)
-            _refuse_nonfinite(part, stored.name)
-            yield start * (stored.nbytes // rows), part
+            yield start * (stored.nbytes // rows), stored_values(read(start, min(start + step, rows)), stored)
         return
-    whole = stored_values(materialize(values), stored.kind)
-    _refuse_nonfinite(whole, stored.name)
-    yield 0, whole
-
-
-def _refuse_nonfinite(values: torch.Tensor, name: str) -> None:
-    bad = int((~torch.isfinite(values)).sum()) if values.is_floating_point() else 0
-    if bad:
-        raise InputRefused(f"{name}: {bad} weights are NaN or infinite, or too large for the type they are stored in")
+    yield 0, stored_values(materialize(values), stored)

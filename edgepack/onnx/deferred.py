@@ -27,6 +27,7 @@ Floats = npt.NDArray[np.float32]
 # Operations after which row i of the result is still row i of the source; a pair of transposes is looked at apart.
 _SAME_ROWS = {"aten::detach", "aten::alias", "aten::_to_copy", "aten::contiguous", "aten::clone", "aten::lift_fresh"}
 _TRANSPOSES = {"aten::t", "aten::transpose.int", "aten::permute", "aten::numpy_T"}
+_READ_WEIGHTS = 1 << 20  # read at a time when a tensor is looked through
 # What needs values: the tensor is read, then asked again.
 _VALUES = {"numpy", "tolist", "item", "__array__", "__float__", "__int__", "__bool__", "cpu_numpy"}
 
@@ -39,7 +40,7 @@ class Deferred(torch.Tensor):  # type: ignore[misc]
     _leaf: TensorInfo | None  # the checkpoint's tensor, when this is one, transposed or not
     _transposed: bool
     _uncast: Deferred  # the same values before the last change of type; itself when there was none
-    _sources: tuple[str, ...]  # names of the checkpoint's tensors it is made of, in the order they came in
+    _sources: tuple[TensorInfo, ...]  # the checkpoint's tensors it is made of, in the order they came in
 
     @staticmethod
     def __new__(
@@ -48,7 +49,7 @@ class Deferred(torch.Tensor):  # type: ignore[misc]
         compute: Callable[[], torch.Tensor],
         leaf: TensorInfo | None = None,
         transposed: bool = False,
-        sources: tuple[str, ...] = (),
+        sources: tuple[TensorInfo, ...] = (),
     ) -> Deferred:
         """Wrap a meta tensor and the way to its values."""
         made: Deferred = torch.Tensor._make_wrapper_subclass(
@@ -56,7 +57,7 @@ class Deferred(torch.Tensor):  # type: ignore[misc]
         )
         made._shadow, made._compute, made._leaf, made._transposed = shadow, compute, leaf, transposed
         made._uncast = made
-        made._sources = (leaf.name,) if leaf is not None else sources
+        made._sources = (leaf,) if leaf is not None else sources
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -81,7 +82,7 @@ class Deferred(torch.Tensor):  # type: ignore[misc]
         def compute() -> Any:
             return function(*_map(args, materialize), **_map(kwargs, materialize))
 
-        made_of = tuple(dict.fromkeys(_names([args, kwargs])))
+        made_of = tuple(dict.fromkeys(_infos([args, kwargs])))
         if isinstance(shadows, torch.Tensor):
             made = cls(shadows, compute, *_origin(function, args, shadows), made_of)
             if function._schema.name == "aten::_to_copy" and isinstance(args[0], Deferred):
@@ -109,7 +110,7 @@ def leaf(info: TensorInfo, shape: tuple[int, ...] | None = None) -> Deferred:
         return torch.from_numpy(read_float32(info, 0, rows)).reshape(shape)
 
     whole = info if len(shape) == 2 and shape == info.shape else None
-    return Deferred(torch.empty(shape, device="meta", dtype=torch.float32), read, whole, sources=(info.name,))
+    return Deferred(torch.empty(shape, device="meta", dtype=torch.float32), read, whole, sources=(info,))
 
 
 def materialize(value: Any) -> Any:
@@ -124,7 +125,22 @@ def without_casts(tensor: torch.Tensor) -> torch.Tensor:
 
 def sources(value: Any) -> tuple[str, ...]:
     """Names of the checkpoint's tensors that a deferred one is made of; none for anything else."""
-    return value._sources if isinstance(value, Deferred) else ()
+    return tuple(info.name for info in value._sources) if isinstance(value, Deferred) else ()
+
+
+def not_finite(value: Any, name: str) -> str:
+    """What a refusal of NaN or infinite weights calls them: the checkpoint's tensor that has some, else `name`.
+
+    Reads the tensors a value is made of; for messages only.
+    """
+    infos = value._sources if isinstance(value, Deferred) else ()
+    for info in infos:
+        rows = int(np.prod(info.shape[:-1])) if info.shape else 1
+        step = max(1, _READ_WEIGHTS // max(1, info.parameters // max(1, rows)))
+        for start in range(0, rows, step):
+            if not np.isfinite(read_float32(info, start, min(start + step, rows))).all():
+                return info.name
+    return infos[0].name if len(infos) == 1 else name
 
 
 def identity(tensor: torch.Tensor) -> tuple[str, int] | None:
@@ -194,13 +210,13 @@ def _shadow_of(value: Any) -> Any:
     return value.to("meta") if isinstance(value, torch.Tensor) and value.ndim else value
 
 
-def _names(value: Any) -> list[str]:
+def _infos(value: Any) -> list[TensorInfo]:
     """Sources of the tensors in nested arguments, in order."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return [name for item in value for name in _names(item)]
-    return list(sources(value))
+        return [info for item in value for info in _infos(item)]
+    return list(value._sources) if isinstance(value, Deferred) else []
 
 
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:

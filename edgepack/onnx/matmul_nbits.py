@@ -19,11 +19,14 @@ Knows nothing of graphs and models.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from edgepack.errors import InputRefused
+
+Where = str | Callable[[], str]
 
 # Grid position of a block's largest weight; the grid ends at -8 and -128. Measured on a layer of a trained 37M Llama,
 # int4/32: position 8 alone leaves a relative squared error of 0.00707, these four 0.00661, forty 0.00656.
@@ -52,6 +55,11 @@ class Format:
     def lowest(self) -> int:
         """Lowest grid position, and the negated zero point."""
         return -(1 << self.bits - 1)
+
+    def fitted(self, width: int) -> Format:
+        """The same bits in the largest blocks that rows of this width are whole numbers of; itself if none are."""
+        sizes = (self.block >> shift for shift in range(self.block.bit_length()))
+        return Format(self.bits, next((size for size in sizes if size >= 16 and width % size == 0), self.block))
 
     def blocks(self, width: int) -> int:
         """Blocks in a row."""
@@ -92,14 +100,14 @@ class Quantized:
         return (grid * self.scales.to(torch.float32)[..., None]).flatten(1)[:, : self.width]
 
 
-def quantize(rows: torch.Tensor, form: Format, *, importance: torch.Tensor | None = None, where: str) -> Quantized:
+def quantize(rows: torch.Tensor, form: Format, *, importance: torch.Tensor | None = None, where: Where) -> Quantized:
     """Quantize rows to the nearest grid, block by block.
 
     Args:
         rows: float32 `[rows, width]`.
         form: The format.
         importance: float32 `[width]`: what a squared error in each column costs; None for 1.
-        where: Names the matrix in an error.
+        where: Names the matrix in an error; asked only then where it is a function.
 
     Raises:
         InputRefused: NaN or infinite weights, or weights too large for a float16 scale.
@@ -166,7 +174,7 @@ def unpack(packed: torch.Tensor, form: Format) -> torch.Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
-def check_scales(scales: torch.Tensor, where: str) -> None:
+def check_scales(scales: torch.Tensor, where: Where) -> None:
     """Refuse scales that came out as NaN or infinite: so were the weights, or they are beyond float16.
 
     Raises:
@@ -174,8 +182,9 @@ def check_scales(scales: torch.Tensor, where: str) -> None:
     """
     bad = int((~torch.isfinite(scales)).sum())
     if bad:
+        named = where if isinstance(where, str) else where()
         raise InputRefused(
-            f"{where}: {bad} of {scales.numel()} blocks hold NaN, infinite or huge weights, expected finite ones",
+            f"{named}: {bad} of {scales.numel()} blocks hold NaN, infinite or huge weights, expected finite ones",
             hint="The checkpoint is damaged, or it overflowed in training; `edgepack inspect` says which tensors.",
         )
 

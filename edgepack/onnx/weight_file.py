@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from edgepack.errors import StorageError
+from edgepack.errors import InputRefused, StorageError
 from edgepack.files import storage_errors
 from edgepack.onnx.decoder_graph import Stored
+from edgepack.onnx.deferred import materialize, not_finite
 
 ALIGNMENT = 64
 INLINE_BYTES = 1024  # the limit onnx's own `save_as_external_data` and torch's exporter use
@@ -110,15 +111,16 @@ def save_graph(proto: Any, slots: Sequence[Slot], path: Path, data_name: str) ->
 
     Returns:
         Bytes of the graph file.
-    """
-    from edgepack.onnx.deferred import materialize
 
+    Raises:
+        InputRefused: NaN or infinite weights.
+    """
     for slot in slots:
         tensor = proto.graph.initializer.add()
         tensor.name, tensor.data_type = slot.stored.name, slot.stored.kind
         tensor.dims.extend(slot.stored.shape)
         if slot.offset is None:
-            tensor.raw_data = bytes(_bytes(stored_values(materialize(slot.stored.values), slot.stored.kind)))
+            tensor.raw_data = bytes(_bytes(stored_values(materialize(slot.stored.values), slot.stored)))
             continue
         tensor.data_location = 1  # TensorProto.EXTERNAL
         for key, value in (("location", data_name), ("offset", slot.offset), ("length", slot.stored.nbytes)):
@@ -130,10 +132,21 @@ def save_graph(proto: Any, slots: Sequence[Slot], path: Path, data_name: str) ->
     return len(data)
 
 
-def stored_values(values: torch.Tensor, kind: int) -> torch.Tensor:
-    """Values in the type an initializer has."""
-    wanted = {1: torch.float32, 10: torch.float16}.get(kind)
-    return values.detach().to(wanted) if wanted is not None else values.detach()
+def stored_values(values: torch.Tensor, stored: Stored) -> torch.Tensor:
+    """Values in the type an initializer has.
+
+    Raises:
+        InputRefused: NaN or infinite ones, with their number.
+    """
+    wanted = {1: torch.float32, 10: torch.float16}.get(stored.kind)
+    if wanted is None:
+        return values.detach()
+    values = values.detach().to(wanted)
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        named = not_finite(stored.values, stored.name)
+        raise InputRefused(f"{named}: {bad} weights are NaN or infinite, or too large for the type they are stored in")
+    return values
 
 
 def _bytes(values: torch.Tensor) -> memoryview:

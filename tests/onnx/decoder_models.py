@@ -167,3 +167,29 @@ def exports(*, jobs: list[dict[str, Any]], progress: Any) -> list[dict[str, Any]
         except EdgepackError as error:
             found.append({"error": error.as_json(), "left": sorted(path.name for path in folder.iterdir())})
     return found
+
+
+def dying_export(*, how: str, progress: Any, **arguments: Any) -> Any:
+    """An export whose process dies when the first weights are written: graph, tokenizer and data file are there."""
+    import os
+    import resource
+    import signal
+    import sys
+
+    from edgepack.onnx.decoder import export
+
+    def die(done: int, total: int) -> None:
+        left = {path.name for path in Path(arguments["folder"]).iterdir()}
+        assert {"genai_config.json", "model.onnx.data"} <= left
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "terminate":
+            sys.stderr.write("terminate called after throwing: weights are lost\n")
+            sys.stderr.flush()
+            os.abort()
+        with Path("/proc/self/statm").open() as held:
+            now = int(held.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + (64 << 20), now + (64 << 20)))
+        bytearray(1 << 30)
+
+    return export(**arguments, progress=die)
