@@ -45,9 +45,10 @@ def score(
     """Score logits against the tokens that followed, and against a reference's logits.
 
     Args:
-        candidate: `[positions, vocabulary]`; overwritten.
+        candidate: `[positions, vocabulary]`; overwritten with `exp(logit - largest)`: the probabilities of each row up
+            to a factor.
         targets: `[positions]`: the token after each position.
-        reference: Same shape as `candidate`; overwritten.
+        reference: Same shape as `candidate`; overwritten likewise.
         pool: Threads to work on; numpy releases Python's lock.
     """
     count, vocabulary = candidate.shape

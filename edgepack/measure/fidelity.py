@@ -23,6 +23,7 @@ import numpy.typing as npt
 from edgepack.errors import ConformanceError, UsageError
 from edgepack.measure import bootstrap
 from edgepack.measure.bootstrap import Estimate
+from edgepack.measure.details import Watch
 from edgepack.measure.divergence import Floats, Scores, score
 from edgepack.measurement import Measurement
 from edgepack.text import read_text, text_sha256, windows
@@ -56,7 +57,8 @@ def fidelity(
         progress: In windows (sentences for embedders).
 
     Returns:
-        `rows` (measurements), `windows` and `tokens` measured, `text_sha256`, `reference_type`.
+        `rows` (measurements), `windows` and `tokens` measured, `text_sha256`, `reference_type`; with a reference
+        `details`: see `details.py`.
 
     Raises:
         InputRefused: The text is not text or too short.
@@ -73,7 +75,7 @@ def fidelity(
             f"measure.window_tokens is {window_tokens}, but the model's context is {found.trained_context} tokens",
             hint=f"Use --set measure.window_tokens={found.trained_context}.",
         )
-    common = {"text_sha256": text_sha256(content)}
+    common: dict[str, Any] = {"text_sha256": text_sha256(content)}
     if reference is not None:
         common["reference_type"] = describe_artifact(reference).file_type
     if found.pooled:
@@ -82,13 +84,15 @@ def fidelity(
         if reference is None:
             return common | {"rows": []}
         return common | embedder_rows(reference, candidate, content, 5 * windows, window_tokens, threads, progress)
-    scores, per_window = _measure(reference, candidate, content, windows, window_tokens, threads, progress)
+    scores, details = _measure(reference, candidate, content, windows, window_tokens, threads, progress)
+    per_window = scored_in_window(window_tokens)
     rows = fidelity_rows(scores, per_window, f"the {common.get('reference_type')} source in llama.cpp", window_tokens)
-    return common | {
+    measured = {
         "rows": [row.as_json() for row in rows],
         "windows": len(scores.candidate_nll) // per_window,
         "tokens": len(scores.candidate_nll),
     }
+    return common | measured | ({} if details is None else {"details": details})
 
 
 def _measure(
@@ -99,17 +103,27 @@ def _measure(
     window_tokens: int,
     threads: int,
     progress: Progress,
-) -> tuple[Scores, int]:
-    """Scores of all scored positions, window after window, and how many each window has."""
+) -> tuple[Scores, dict[str, Any] | None]:
+    """Scores of all scored positions, window after window, and where the two models part."""
+    watch = Watch(scored_in_window(window_tokens))
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(threads))
         paths = [path for path in (candidate, reference) if path is not None]
         models = [open_model(stack, path, window_tokens, threads) for path in paths]
+        pieces = windows(_same_tokens(models, content), window_tokens, limit)
         found = []
-        for done, total, logits, targets in scored_windows(models, content, limit, window_tokens):
+        for done, total, logits, targets in _scored(models, pieces, window_tokens):
             found.append(score(logits[0], targets, reference=logits[1] if reference else None, pool=pool))
+            if reference:
+                watch.see(found[-1], logits[0], logits[1])
             progress(done, total)
-    return join(found), window_tokens - 1 - window_tokens // 2
+        scores = join(found)
+        return scores, watch.details(scores, pieces, models[0].detokenize)
+
+
+def scored_in_window(window_tokens: int) -> int:
+    """Scored positions of a window: all of its second half but the last, whose next token is in the next window."""
+    return window_tokens - 1 - window_tokens // 2
 
 
 def scored_windows(
@@ -126,7 +140,13 @@ def scored_windows(
     Yields:
         Windows done, all windows, every model's logits `[positions, vocabulary]`, the true next tokens `[positions]`.
     """
-    pieces = windows(_same_tokens(models, content), window_tokens, limit)
+    yield from _scored(models, windows(_same_tokens(models, content), window_tokens, limit), window_tokens)
+
+
+def _scored(
+    models: Sequence[Model], pieces: Sequence[Sequence[int]], window_tokens: int
+) -> Iterator[tuple[int, int, list[Floats], npt.NDArray[np.int64]]]:
+    """`scored_windows` of a text that is cut already."""
     first, stop = window_tokens // 2, window_tokens - 1
     together = models[0].sequences
     for start in range(0, len(pieces), together):

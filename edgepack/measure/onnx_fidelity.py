@@ -21,8 +21,10 @@ import numpy.typing as npt
 
 from edgepack.conform.tokens import load_tokenizer, open_reference
 from edgepack.errors import ConformanceError, UsageError
+from edgepack.measure.details import Watch
 from edgepack.measure.divergence import Scores, score
 from edgepack.measure.fidelity import fidelity_rows, join, open_model
+from edgepack.measure.token_text import token_bytes
 from edgepack.runtimes.genai import Decoder
 from edgepack.strict_json import parse_object
 from edgepack.text import read_text, text_sha256
@@ -59,7 +61,7 @@ def decoder_fidelity(
         progress: In windows.
 
     Returns:
-        `rows`, `windows`, `tokens`, `text_sha256` and `reference_type` as `fidelity.fidelity` returns them,
+        `rows`, `windows`, `tokens`, `text_sha256`, `reference_type` and `details` as `fidelity.fidelity` returns them,
         `reference_engine`, and the `settings` of the runtime.
 
     Raises:
@@ -74,19 +76,22 @@ def decoder_fidelity(
     pieces = cut(tokens, window_tokens, windows)
     first, stop = window_tokens // 2, window_tokens - 1
     scores: list[Scores] = []
+    watch = Watch(stop - first)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(threads))
         package = stack.enter_context(_open(candidate, window_tokens, threads, provider))
         reference, kind, engine = _reference(stack, source, reference_gguf, content, tokens, window_tokens, threads)
         for done, ids in enumerate(pieces, 1):
             fed = ids if bos is None else [bos, *ids[1:]]
-            found, expected = package.logits(fed, first, stop), reference(fed, first, stop)
+            found, expected = package.logits(fed, first, stop), np.array(reference(fed, first, stop))
             _same_shape(found, expected)
             targets = np.array(ids[first + 1 : stop + 1], dtype=np.int64)
-            scores.append(score(found, targets, reference=np.array(expected), pool=pool))
+            scores.append(score(found, targets, reference=expected, pool=pool))
+            watch.see(scores[-1], found, expected)
             progress(done, len(pieces))
     rows = fidelity_rows(join(scores), stop - first, f"the {kind} source in {engine}", window_tokens)
-    return {
+    details = watch.details(join(scores), pieces, token_bytes(Path(source)))
+    return ({} if details is None else {"details": details}) | {
         "rows": [row.as_json() for row in rows],
         "windows": len(pieces),
         "tokens": len(pieces) * (stop - first),

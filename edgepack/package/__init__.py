@@ -6,7 +6,8 @@
       tokenizer/          only for formats that do not embed it
       runtime.json        engine, oldest version, load options
       Modelfile           for Ollama
-      evidence/           validation.json (every check and measurement), plan.json, samples.jsonl
+      evidence/           validation.json (every check and measurement), plan.json, samples.jsonl, details.json (where
+                          artifact and source part), report.html (all of it as pictures)
       README.md           the model card
       LICENSES/           the source's licence texts, and what is known of them
       SHA256SUMS          every file but itself; `sha256sum -c SHA256SUMS` works without edgepack

@@ -14,49 +14,16 @@ from typing import Any
 
 from edgepack.judgement import NEEDS_DEVICE
 from edgepack.measurement import Measurement
+from edgepack.package import onnx_run
+from edgepack.package.candidates import candidates
 from edgepack.package.how_to_run import sections
 from edgepack.package.licences import one_line
+from edgepack.wording import ROWS, in_words, limits, measured
 
-
-def _bytes(value: float) -> str:
-    if value < 1e5:
-        return f"{value:,.0f} bytes"
-    return f"{value / 1e6:,.2f} MB" if value < 1e9 else f"{value / 1e9:,.2f} GB"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f} %"
-
-
-def _plain(unit: str) -> Callable[[float], str]:
-    return lambda value: (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") + (f" {unit}" if unit else "")
-
-
-# Measurement -> what a person calls it, and how the value reads. The order is that of the card.
-_ROWS: Mapping[str, tuple[str, Callable[[float], str]]] = {
-    "artifact_bytes": ("Size", _bytes),
-    "bits_per_weight": ("Bits per weight", lambda value: f"{value:.3f}"),
-    "mean_kld": ("KL divergence from the source, mean", _plain("nats/token")),
-    "median_kld": ("KL divergence, median", _plain("nats/token")),
-    "kld_p99": ("KL divergence, 99 % quantile", _plain("nats/token")),
-    "top1_agreement": ("Same first choice as the source", _percent),
-    "source_perplexity": ("Perplexity before (source)", lambda value: f"{value:,.4f}"),
-    "perplexity": ("Perplexity after (this package)", lambda value: f"{value:,.4f}"),
-    "cosine_mean": ("Cosine to the source's embeddings, mean", lambda value: f"{value:.5f}"),
-    "cosine_p01": ("Cosine, 1 % quantile", lambda value: f"{value:.5f}"),
-    "neighbour_agreement": ("Nearest neighbours kept", _percent),
-    "label_agreement": ("Labels kept", _percent),
-    "decode_tokens_per_s_p50": ("Decode speed, median", _plain("tokens/s")),
-    "decode_tokens_per_s_p10": ("Decode speed, 10 % quantile", _plain("tokens/s")),
-    "decode_tokens_per_s_p90": ("Decode speed, 90 % quantile", _plain("tokens/s")),
-    "ttft_ms_p50": ("Time to first token, median", _plain("ms")),
-    "ttft_ms_p90": ("Time to first token, 90 % quantile", _plain("ms")),
-    "prefill_tokens_per_s": ("Prompt speed", _plain("tokens/s")),
-    "latency_ms_p50": ("Latency, median", _plain("ms")),
-    "latency_ms_p90": ("Latency, 90 % quantile", _plain("ms")),
-    "load_ms": ("Load time", _plain("ms")),
-    "peak_rss_mb": ("Peak memory", _plain("MB")),
-}
+# Rows whose samples are those that the fidelity of a package rests on.
+_FIDELITY = frozenset(
+    ["mean_kld", "median_kld", "kld_p99", "cosine_mean", "cosine_p01", "label_agreement", "rank_agreement"]
+)
 # Shown even when nothing says anything of them: their absence is news.
 _ALWAYS = ("decode_tokens_per_s_p50", "ttft_ms_p50", "peak_rss_mb")
 _ALWAYS_EMBEDDING = ("latency_ms_p50", "peak_rss_mb")
@@ -99,16 +66,18 @@ def card(manifest: Mapping[str, Any], evidence: Evidence, runtime: Mapping[str, 
         _footnote(manifest, rows),
         _checks(evidence.conformance),
         "## Run it",
-        f"Commands start in this folder. Oldest llama.cpp: {escape(runtime.get('min_version', 'not stated'))}.",
+        _engine(runtime),
         *_run(manifest, runtime),
         "## Where it is from",
         _origin(manifest, licences),
         "## How it was made",
         _facts(_recipe(manifest["recipe"]) | {"toolchain": _toolchain(manifest["toolchain"])}),
+        candidates(manifest["recipe"].get("search")),
         "## Check it",
         f"{_code('edgepack verify .')} checks every byte, {_code('sha256sum -c SHA256SUMS')} does so without edgepack, "
         f"{_code('edgepack validate .')} measures again on your machine. Every measurement is in "
-        f"{_code('evidence/validation.json')}. A rebuild from the same inputs, options and toolchain has the same "
+        f"{_code('evidence/validation.json')}; {_code('evidence/report.html')} shows them as pictures. "
+        "A rebuild from the same inputs, options and toolchain has the same "
         f"artifact digest:\n\n    {manifest['artifact_digest']}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -147,7 +116,7 @@ def _with_note(row: Measurement) -> str:
 
 
 def _missed(row: Measurement) -> str:
-    return f"{_label(row)} is {_value(row)}, allowed is {_budget(row)}"
+    return f"{_label(row)} is {_said(row, measured(row))}, allowed is {_said(row, limits(row))}"
 
 
 def _list(labels: Sequence[str]) -> str:
@@ -159,15 +128,15 @@ def table(rows: Sequence[Measurement], *, embedding: bool = False) -> str:
     """Measured beside predicted beside allowed, in the order a person asks."""
     by_name = {row.name: row for row in rows}
     always = _ALWAYS_EMBEDDING if embedding else _ALWAYS
-    known = [name for name in _ROWS if name in by_name or name in always]
-    names = [*known, *(name for name in by_name if name not in _ROWS)]
+    known = [name for name in ROWS if name in by_name or name in always]
+    names = [*known, *(name for name in by_name if name not in ROWS)]
     lines = ["| | measured | predicted | budget | verdict |", "|---|---:|---:|---:|---|"]
     for name in names:
         row = by_name.get(name) or Measurement(name, None, "", measured_on=None)
-        value = _value(row) + (_change(by_name) if name == "perplexity" else "")
-        predicted = "" if row.predicted is None else _format(row, row.predicted)
+        value = _said(row, measured(row)) + (_change(by_name) if name == "perplexity" else "")
+        predicted = "" if row.predicted is None else _said(row, in_words(row, row.predicted))
         words = (row.verdict or "").replace("_", " ")
-        lines.append(f"| {_label(row)} | {value} | {predicted} | {_budget(row)} | {words} |")
+        lines.append(f"| {_label(row)} | {value} | {predicted} | {_said(row, limits(row))} | {words} |")
     return "\n".join(lines)
 
 
@@ -180,26 +149,12 @@ def _change(by_name: Mapping[str, Measurement]) -> str:
 
 
 def _label(row: Measurement) -> str:
-    return _ROWS[row.name][0] if row.name in _ROWS else escape(row.name)
+    return ROWS[row.name][0] if row.name in ROWS else escape(row.name)
 
 
-def _format(row: Measurement, value: float) -> str:
-    return (_ROWS[row.name][1] if row.name in _ROWS else _plain("" if row.unit == "1" else escape(row.unit)))(value)
-
-
-def _value(row: Measurement) -> str:
-    if row.value is None:
-        return "not measured"
-    text = _format(row, row.value)
-    if row.ci95 is None:
-        return text
-    half = (row.ci95[1] - row.ci95[0]) / 2
-    return f"{text} ± {f'{100 * half:.2g} %' if text.endswith('%') else f'{half:.2g}'}"
-
-
-def _budget(row: Measurement) -> str:
-    signs = {"max": "≤", "min": "≥"}
-    return ", ".join(f"{signs[side]} {_format(row, limit)}" for side, limit in sorted((row.budget or {}).items()))
+def _said(row: Measurement, text: str) -> str:
+    """A value in words; the unit of a measurement that edgepack does not know may be anything."""
+    return text if row.name in ROWS else escape(text)
 
 
 def _summary(manifest: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
@@ -220,7 +175,7 @@ _MACHINE = {"cpu": "", "cores": "cores", "gpu": "GPU", "ram_mb": "memory in MB",
 
 def _footnote(manifest: Mapping[str, Any], rows: Sequence[Measurement]) -> str:
     """What the numbers rest on: samples, machine."""
-    samples = sorted({row.n for row in rows if row.n and ("kld" in row.name or "cosine" in row.name)})
+    samples = sorted({row.n for row in rows if row.n and row.name in _FIDELITY})
     words = ["± is half of the 95 % confidence interval; predicted values were computed before the build."]
     if samples:
         words.append(f"Fidelity rests on {samples[-1]:,} scored samples.")
@@ -279,7 +234,7 @@ _CHECKS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 
 def _recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The options, and how many tensors have which type instead of the list of all of them."""
-    shown = {key: value for key, value in recipe.items() if value not in (None, False)}
+    shown = {key: value for key, value in recipe.items() if value not in (None, False) and key != "search"}
     types = recipe.get("types")
     if isinstance(types, Mapping):
         counts = Counter(str(value) for value in types.values())
@@ -292,11 +247,25 @@ def _toolchain(versions: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in versions.items() if value and not isinstance(value, Mapping)}
 
 
+def _engine(runtime: Mapping[str, Any]) -> str:
+    """What runs the package, in one paragraph."""
+    engine, oldest = runtime.get("engine", "llama.cpp"), escape(runtime.get("min_version", "not stated"))
+    if engine == "llama.cpp":
+        return f"Commands start in this folder. Oldest llama.cpp: {oldest}."
+    words = [f"Python starts in this folder. Oldest {escape(engine)}: {oldest}."]
+    if runtime.get("provider"):
+        words.append(f"Execution provider: {_code(str(runtime['provider']))}.")
+    if engine == "onnxruntime":
+        words.append(f"What stands in the code (lengths, special tokens, sizes) is in {_code('runtime.json')} too.")
+    return " ".join(words)
+
+
 def _run(manifest: Mapping[str, Any], runtime: Mapping[str, Any]) -> list[str]:
     name = f"{manifest['name']}-{manifest['target_name']}"
+    made = sections if manifest["artifact"].endswith(".gguf") else onnx_run.sections
     return [
         f"**{title}**\n\n```{language}\n{code}\n```"
-        for title, language, code in sections(name, manifest["artifact"], runtime)
+        for title, language, code in made(name, manifest["artifact"], runtime)
     ]
 
 

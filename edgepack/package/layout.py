@@ -16,6 +16,8 @@ MODELFILE = "Modelfile"
 VALIDATION = "evidence/validation.json"
 PLAN = "evidence/plan.json"
 SAMPLES = "evidence/samples.jsonl"
+DETAILS = "evidence/details.json"
+REPORT = "evidence/report.html"
 NOTICE = "LICENSES/NOTICE.txt"
 # A file in these is part of `artifact_digest`: what a device runs, and nothing that was measured.
 ARTIFACT_FOLDERS = ("model/", "tokenizer/")

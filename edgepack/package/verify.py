@@ -70,11 +70,16 @@ class Verification:
         Raises:
             InputRefused: With the first problem and the number of others.
         """
-        if self.problems:
-            more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
-            raise InputRefused(
-                f"{self.path}: {self.problems[0]}{more}", hint="Get the package again from where it came."
-            )
+        error = self.error()
+        if error is not None:
+            raise error
+
+    def error(self) -> InputRefused | None:
+        """The first problem and the number of others as an error; None when the package is whole."""
+        if not self.problems:
+            return None
+        more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+        return InputRefused(f"{self.path}: {self.problems[0]}{more}", hint="Get the package again from where it came.")
 
 
 def verify(path: str | Path) -> Verification:
@@ -87,9 +92,11 @@ def verify(path: str | Path) -> Verification:
         Every problem found. `edgepack verify` ends with exit code 5 when there is one.
 
     Raises:
-        UsageError: No such folder.
+        UsageError: No such folder, or a file.
     """
     root = Path(path)
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"{root}: a file, expected a package folder", hint="Give the folder that holds edgepack.json.")
     if not root.is_dir():
         raise UsageError(f"{root}: no such folder", hint="Give the folder that holds edgepack.json.")
     problems: list[str] = []

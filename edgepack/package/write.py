@@ -25,11 +25,13 @@ from edgepack.package.card import Evidence, card
 from edgepack.package.how_to_run import modelfile
 from edgepack.package.layout import (
     CARD,
+    DETAILS,
     FILE_MODE,
     FOLDER_MODE,
     MANIFEST,
     MODELFILE,
     PLAN,
+    REPORT,
     RUNTIME,
     SAMPLES,
     SCHEMA_VERSION,
@@ -40,6 +42,7 @@ from edgepack.package.layout import (
 )
 from edgepack.package.licences import licence_files
 from edgepack.package.manifest import Package, artifact_digest, manifest_problems, package_digest
+from edgepack.report import package_document, render
 
 if TYPE_CHECKING:
     from edgepack.source import Source
@@ -64,6 +67,8 @@ def write_package(
     conformance: Mapping[str, Any] | None = None,
     tokenizer: Mapping[str, bytes] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
+    details: Mapping[str, Any] | None = None,
+    pictures: Mapping[str, Any] | None = None,
     licences: Mapping[str, bytes] | None = None,
     known_sha256: Mapping[str, str] | None = None,
 ) -> Package:
@@ -88,6 +93,8 @@ def write_package(
             `validation.json` beside the measurements.
         tokenizer: File name -> content, for formats that do not embed the tokenizer.
         samples: Golden samples, one line each in `evidence/samples.jsonl`.
+        details: Where in the text artifact and source part, for `evidence/details.json` and the report.
+        pictures: Further parts of the report's document (see `edgepack.report`): `points`, `waterfall`.
         licences: File name -> text, as found beside the source.
         known_sha256: Path in the package -> sha256, for model files whose digest the caller has just computed; others
             are read.
@@ -127,9 +134,11 @@ def write_package(
         RUNTIME: canonical_json(runtime_file),
         VALIDATION: _validation(manifest, rows, conformance or {}),
         PLAN: canonical_json(dict(plan)),
-        MODELFILE: modelfile(main, runtime_file, texts),
+        **({MODELFILE: modelfile(main, runtime_file, texts)} if main.endswith(".gguf") else {}),
         **{f"tokenizer/{path}": data for path, data in (tokenizer or {}).items()},
         **({SAMPLES: _lines(samples)} if samples else {}),
+        **({DETAILS: canonical_json(dict(details))} if details else {}),
+        REPORT: render(package_document(manifest, rows, plan, details=details, extra=pictures)).encode(),
         **texts,
     }
     evidence = Evidence(tuple(rows), plan, conformance or {})

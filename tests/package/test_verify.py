@@ -62,7 +62,7 @@ def rewritten(path: Path, change) -> list[str]:
 def test_a_whole_package_has_no_problems(package):
     found = verify(package)
     assert found.problems == ()
-    assert found.files == 9
+    assert found.files == 10
     assert found.package_digest == read_package(package).package_digest
     found.require()
 
@@ -158,8 +158,8 @@ def test_a_package_reached_through_a_link_is_fine(package, tmp_path):
 
 
 def test_what_is_no_folder_is_wrong_usage(tmp_path):
-    for path in (tmp_path / "none", Path(__file__)):
-        with pytest.raises(UsageError, match="no such folder"):
+    for path, says in ((tmp_path / "none", "no such folder"), (Path(__file__), "a file, expected a package folder")):
+        with pytest.raises(UsageError, match=says):
             verify(path)
 
 
@@ -280,7 +280,7 @@ def test_a_hostile_path_in_a_manifest_is_named_and_never_opened(path, reason, pa
 
     found = rewritten(package, change)
     assert len(found) == 1
-    assert "files[9]" in found[0] and reason in found[0]
+    assert "files[10]" in found[0] and reason in found[0]
 
 
 def test_duplicate_entries_are_named(package):

@@ -34,6 +34,7 @@ def test_a_package_has_the_documented_files_and_is_whole(tmp_path):
         "Modelfile",
         "evidence/validation.json",
         "evidence/plan.json",
+        "evidence/report.html",
         "evidence/samples.jsonl",
         "README.md",
         "LICENSES/LICENSE",
