@@ -1,4 +1,4 @@
-"""A model on the Hugging Face hub: one commit, allow-listed files only, every byte checked against the hub's listing.
+"""A model or a data set on the Hugging Face hub: one commit, allow-listed files, each byte checked by the listing.
 
 The revision is resolved once and the commit used for everything after. Small files come first, so that a model that is
 refused costs kilobytes. `huggingface_hub` checks sizes only (its issue #3643), so each file is hashed here; wrong bytes
@@ -10,11 +10,9 @@ Source: huggingface_hub docs, "Understand caching", "Environment variables"; API
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +22,23 @@ from urllib.parse import urlsplit
 from edgepack import config_lint, model_folder, strict_json, weight_files
 from edgepack.digest import digest
 from edgepack.errors import FetchError, InputRefused, StorageError, UsageError
+from edgepack.hub_cache import (
+    COMMIT,
+    MODEL,
+    Kind,
+    cache_folder,
+    is_offline,
+    offline_files,
+    offline_snapshot,
+    snapshot,
+    write_ref,
+)
 from edgepack.hub_process import HubProcess
 from edgepack.worker import Progress, no_progress
 
 # The hub's own rules: at most 96 characters a part, no "--", no ".." (huggingface_hub/utils/_validators.py).
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,95}"
 _ID = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,199}}))?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_TRUE = {"1", "ON", "YES", "TRUE"}
 
 
 @dataclass(frozen=True)
@@ -46,13 +53,13 @@ class Listed:
 
 @dataclass(frozen=True)
 class Fetched:
-    """A model that lies, complete and checked, in the Hugging Face cache.
+    """A model, or the files of a data set, complete and checked in the Hugging Face cache.
 
     Args:
         path: The snapshot folder.
         commit: 40 hexadecimal digits.
         gated: False, "auto" or "manual" as the hub says; None when not known (offline).
-        files: Name -> sha256 of every file of the model.
+        files: Name -> sha256 of every file of the model, or of those wanted of the data set.
     """
 
     path: Path
@@ -67,19 +74,6 @@ def parse_id(text: str) -> tuple[str, str] | None:
     if match is None or "--" in match[1] or match[1].endswith((".git", ".gguf", "-", ".")) or ".." in (match[2] or ""):
         return None
     return match[1], match[2] or "main"
-
-
-def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where huggingface_hub keeps models: `HF_HUB_CACHE`, else `HF_HOME`/hub, else `XDG_CACHE_HOME`, else ~/.cache."""
-    home = environment.get("XDG_CACHE_HOME") or "~/.cache"
-    default = environment.get("HF_HOME") or os.path.join(home, "huggingface")  # noqa: PTH118 (a string to expand)
-    text = environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE") or f"{default}/hub"
-    return Path(os.path.expandvars(text)).expanduser()
-
-
-def is_offline(environment: Mapping[str, str] = os.environ) -> bool:
-    """True when `HF_HUB_OFFLINE` (or transformers' `TRANSFORMERS_OFFLINE`) is set."""
-    return (environment.get("HF_HUB_OFFLINE") or environment.get("TRANSFORMERS_OFFLINE") or "").upper() in _TRUE
 
 
 def fetch(
@@ -114,7 +108,7 @@ def fetch(
         weight_files.select(names, lambda: {"": weight_files.SINGLE_FILE}, id)  # refuse pickles before any download
         for name in small:
             download.one(name)
-        folder = _snapshot(id, commit)
+        folder = snapshot(id, commit)
         weights = _lint(folder, names, id, check)
         for name in weights:
             if name not in listed:
@@ -122,9 +116,68 @@ def fetch(
         download.expect([*small, *weights])
         for name in weights:
             download.one(name)
-    _write_ref(id, revision, commit)
+    write_ref(id, revision, commit)
     gated = info.get("gated")
     return Fetched(folder, commit, gated if isinstance(gated, bool | str) else None, download.sha256)
+
+
+def fetch_dataset(
+    id: str,
+    revision: str,
+    *,
+    wanted: Callable[[str], bool],
+    file: str | None = None,
+    most_bytes: int,
+    progress: Progress = no_progress,
+) -> Fetched:
+    """Bring files of a data set into the local cache and check every byte of them.
+
+    Args:
+        id: `org/name`.
+        revision: Branch, tag or commit; resolved once.
+        wanted: Says of a name in the repository whether it is fetched.
+        file: One name; None fetches every wanted one. Offline it must be given: the cache does not say what else a
+            data set has.
+        most_bytes: Refuse, before any download, what is larger.
+        progress: Called with (bytes here, bytes of all files).
+
+    Returns:
+        The snapshot folder, its commit, and the sha256 of the files, by name.
+
+    Raises:
+        FetchError, StorageError, UsageError: As `fetch`.
+        InputRefused: Nothing wanted is in it, it is too large, or as `fetch`.
+    """
+    _check_endpoint(os.environ.get("HF_ENDPOINT"))
+    kind = Kind("dataset", wanted)
+    if is_offline():
+        return _offline_dataset(id, revision, kind, file)
+    with HubProcess() as hub:
+        info = hub.call("info", id=id, revision=revision, kind=kind.word)
+        commit, listed = _checked_listing(info, f"{id}@{revision}", kind)
+        names = sorted(name for name in listed if wanted(name) and file in (None, name))
+        if not names:
+            kinds = ", ".join(sorted({Path(name).suffix or name for name in listed}))[:120]
+            raise InputRefused(
+                f"data set {id} has no {file or 'text file'} that can be read; it has {kinds}",
+                hint="Expected .txt, .md or .jsonl. Tables (.parquet, .csv) turn into .jsonl with the `datasets`"
+                " library: load_dataset(...).to_json(FILE); give that file.",
+            )
+        size = sum(listed[name].size for name in names)
+        if size > most_bytes:
+            raise InputRefused(
+                f"data set {id}: {len(names)} files with {size:,} bytes of text, expected at most {most_bytes:,}",
+                hint=f"Name one file: hub:{id}:{min(names, key=lambda name: listed[name].size)}",
+            )
+        download = _Download(hub, id, commit, listed, progress, kind)
+        download.expect(names)
+        for name in names:
+            download.one(name)
+    write_ref(id, revision, commit, kind)
+    gated = info.get("gated")
+    return Fetched(
+        snapshot(id, commit, kind), commit, gated if isinstance(gated, bool | str) else None, download.sha256
+    )
 
 
 def _lint(folder: Path, names: list[str], id: str, check: Callable[[dict[str, Any]], None] | None) -> tuple[str, ...]:
@@ -151,17 +204,25 @@ def _lint(folder: Path, names: list[str], id: str, check: Callable[[dict[str, An
 class _Download:
     """Fetches files of one commit, checks each, and counts bytes."""
 
-    def __init__(self, hub: HubProcess, id: str, commit: str, listed: Mapping[str, Listed], progress: Progress) -> None:
+    def __init__(
+        self,
+        hub: HubProcess,
+        id: str,
+        commit: str,
+        listed: Mapping[str, Listed],
+        progress: Progress,
+        kind: Kind = MODEL,
+    ) -> None:
         self.sha256: dict[str, str] = {}
         self._hub, self._id, self._commit, self._listed, self._progress = hub, id, commit, listed, progress
+        self._kind, self._folder = kind, snapshot(id, commit, kind)
         self._done = self._total = 0
 
     def expect(self, names: list[str]) -> None:
         """Set the total of the progress, and refuse at once what the disk can't hold."""
         self._total = sum(self._listed[name].size for name in names)
-        folder = _snapshot(self._id, self._commit)
-        missing = sum(self._listed[name].size for name in names if not (folder / name).exists())
-        free = shutil.disk_usage(_existing(folder)).free
+        missing = sum(self._listed[name].size for name in names if not (self._folder / name).exists())
+        free = shutil.disk_usage(_existing(self._folder)).free
         if missing > free:
             raise StorageError(
                 f"{self._id} needs {missing / 1e9:.1f} GB more in {cache_folder()}, and {free / 1e9:.1f} GB are free",
@@ -177,9 +238,8 @@ class _Download:
         start, file = self._done, self._listed[name]
         for last in (False, True):
             self._done = start
-            path = Path(
-                self._hub.call("fetch", counting=self._count, id=self._id, commit=self._commit, file=name)["path"]
-            )
+            request = {"id": self._id, "commit": self._commit, "file": name, "kind": self._kind.word}
+            path = Path(self._hub.call("fetch", counting=self._count, **request)["path"])
             problem = self._problem(path, file)
             if problem is None:
                 break
@@ -198,7 +258,7 @@ class _Download:
             self._progress(min(self._done, self._total), self._total)
 
     def _problem(self, path: Path, file: Listed) -> str | None:
-        real = model_folder.locate(_snapshot(self._id, self._commit), file.name)
+        real = model_folder.locate(self._folder, file.name, self._kind.allowed)
         if real is None or path.resolve() != real:
             raise FetchError(f"{self._id}: {file.name} was stored at {path}, which is not where it belongs")
         found = digest(real, blob_id=file.sha256 is None)
@@ -224,9 +284,9 @@ def _set_aside(path: Path) -> None:
         raise StorageError(f"{path}: wrong bytes can't be set aside: {error.strerror}") from error
 
 
-def _checked_listing(info: Mapping[str, Any], where: str) -> tuple[str, dict[str, Listed]]:
+def _checked_listing(info: Mapping[str, Any], where: str, kind: Kind = MODEL) -> tuple[str, dict[str, Listed]]:
     commit, files = info.get("commit"), info.get("files")
-    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+    if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
         raise FetchError(f"{where}: the hub gave {str(commit)[:60]!r} where a commit was expected")
     if not isinstance(files, list) or not files:
         raise FetchError(f"{where}: the hub lists no files")
@@ -235,7 +295,7 @@ def _checked_listing(info: Mapping[str, Any], where: str) -> tuple[str, dict[str
         name = str(file["name"])
         if name.startswith(("/", "\\")) or {"..", "."} & set(re.split(r"[/\\]", name)) or not name.isprintable():
             raise InputRefused(f"{where}: the repository lists a file named {name[:100]!r}")
-        if not model_folder.is_allowed(name):
+        if not kind.allowed(name):
             listed[name] = Listed(name, 0, None, None)
             continue
         sha256, blob_id, size = file.get("sha256"), file.get("blob_id"), file.get("size")
@@ -254,61 +314,26 @@ def _is_hex(text: Any, digits: int) -> bool:
 
 def _offline(id: str, revision: str, check: Callable[[dict[str, Any]], None] | None) -> Fetched:
     """The model from the cache alone, each file checked against the checksum its blob is named after."""
-    hint = "Unset HF_HUB_OFFLINE to download it."
-    commit = revision
-    if not _COMMIT.fullmatch(revision):
-        ref = _repository(id) / "refs" / revision
-        commit = ref.read_text(encoding="ascii", errors="replace").strip() if ref.is_file() else ""
-        if not _COMMIT.fullmatch(commit):
-            raise FetchError(f"{id}: offline, and revision {revision!r} is not in {cache_folder()}", hint=hint)
-    folder = _snapshot(id, commit)
-    if not folder.is_dir():
-        raise FetchError(f"{id}: offline, and commit {commit[:12]} is not in {cache_folder()}", hint=hint)
+    folder = offline_snapshot(id, revision, MODEL)
     names = model_folder.entries(folder)
     weights = _lint(folder, names, id, check)
-    sha256 = {}
     others = [name for name in model_folder.allowed_files(folder) if not model_folder.WEIGHTS.fullmatch(name)]
-    for name in [*others, *weights]:
-        real = model_folder.locate(folder, name)
-        if real is None:
-            raise FetchError(f"{id} at commit {commit[:12]}: offline, and {name} is not in the cache", hint=hint)
-        found = digest(real, blob_id=True)
-        sha256[name] = found.sha256
-        # The blob is named after its ETag: sha256 for LFS files, git's blob id for others.
-        named = (folder / name).readlink().name if (folder / name).is_symlink() else ""
-        if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", named) and named not in (found.sha256, found.blob_id):
-            raise InputRefused(
-                f"{id} at {commit[:12]}: the cached {name} has other bytes than its checksum says", hint=hint
-            )
-    return Fetched(folder, commit, None, sha256)
+    return Fetched(folder, folder.name, None, offline_files(id, folder, [*others, *weights], MODEL))
 
 
-def _repository(id: str) -> Path:
-    return cache_folder() / f"models--{id.replace('/', '--')}"
-
-
-def _snapshot(id: str, commit: str) -> Path:
-    return _repository(id) / "snapshots" / commit
+def _offline_dataset(id: str, revision: str, kind: Kind, file: str | None) -> Fetched:
+    """One file of a data set from the cache alone."""
+    folder = offline_snapshot(id, revision, kind)
+    if file is None:
+        raise FetchError(
+            f"data set {id}: offline, so the hub can't say which files it has",
+            hint=f"Name one that is in the cache, hub:{id}:FILE, or unset HF_HUB_OFFLINE.",
+        )
+    return Fetched(folder, folder.name, None, offline_files(id, folder, [file], kind))
 
 
 def _existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
-
-
-def _write_ref(id: str, revision: str, commit: str) -> None:
-    """Remember which commit the revision was, as huggingface_hub does, so that offline runs can resolve it."""
-    if revision == commit:
-        return
-    ref = _repository(id) / "refs" / revision
-    try:
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=ref.parent, delete=False, encoding="ascii") as file:
-            file.write(commit)
-        Path(file.name).replace(ref)
-    except OSError:
-        # A cache that can't be written still serves this run; only `HF_HUB_OFFLINE` by branch name won't find it.
-        with contextlib.suppress(OSError, NameError):
-            Path(file.name).unlink()
 
 
 def _check_endpoint(endpoint: str | None) -> None:

@@ -8,6 +8,7 @@ the hub's own host.
 
     {"op": "info", "id": "org/name", "revision": "main"}             -> {"result": {"commit", "gated", "files": [...]}}
     {"op": "fetch", "id": ..., "commit": ..., "file": ...}           -> {"bytes": n}..., {"result": {"path": ...}}
+    either with "kind": "dataset"                                    the same, of a data set
     any                                                              -> {"error": {...}}
 """
 
@@ -86,13 +87,15 @@ class Hub:
             )
         )
 
-    def info(self, id: str, revision: str) -> dict[str, Any]:
+    def info(self, id: str, revision: str, kind: str = "model") -> dict[str, Any]:
         """Resolve a revision to a commit and list the files with size, sha256 (LFS) and git blob id."""
         from huggingface_hub import HfApi
 
         try:
-            info = _retried(
-                lambda: HfApi().model_info(id, revision=revision, files_metadata=True, timeout=_INFO_SECONDS)
+            info: Any = _retried(
+                lambda: HfApi().repo_info(
+                    id, revision=revision, repo_type=kind, files_metadata=True, timeout=_INFO_SECONDS
+                )
             )
         except (KeyError, TypeError, AttributeError) as error:  # JSON, but not the hub's
             raise explain(json.JSONDecodeError(str(error), "", 0), {"id": id}) from error
@@ -110,11 +113,11 @@ class Hub:
             ],
         }
 
-    def fetch(self, id: str, commit: str, file: str) -> dict[str, Any]:
+    def fetch(self, id: str, commit: str, file: str, kind: str = "model") -> dict[str, Any]:
         """Download one file of a commit into the Hugging Face cache; a file that is there is not fetched again."""
         from huggingface_hub import hf_hub_download
 
-        return {"path": hf_hub_download(id, file, revision=commit, tqdm_class=_bar())}
+        return {"path": hf_hub_download(id, file, revision=commit, repo_type=kind, tqdm_class=_bar())}
 
     def _check_request(self, request: Any) -> None:
         url = urlsplit(str(request.url))
@@ -201,15 +204,15 @@ _ERRORS: Mapping[str, tuple[type[EdgepackError], str, str]] = MappingProxyType(
         "GatedRepoError": (
             FetchError,
             "{id} is gated: its authors ask to accept their terms first",
-            "Accept them on {endpoint}/{id}, then set HF_TOKEN or run `hf auth login`.",
+            "Accept them on {page}, then set HF_TOKEN or run `hf auth login`.",
         ),
-        "DisabledRepoError": (FetchError, "{id} has been disabled on the hub", "Choose another model."),
+        "DisabledRepoError": (FetchError, "{id} has been disabled on the hub", "Choose another one."),
         "RevisionNotFoundError": (
             FetchError,
             "{id} has no revision {revision!r}",
-            "Give a branch, a tag or a commit that {endpoint}/{id}/commits lists.",
+            "Give a branch, a tag or a commit that {page}/commits lists.",
         ),
-        "RepositoryNotFoundError": (FetchError, "{endpoint} has no model {id}, or it is private", _ACCESS_HINT),
+        "RepositoryNotFoundError": (FetchError, "{endpoint} has no {kind} {id}, or it is private", _ACCESS_HINT),
         "EntryNotFoundError": (FetchError, "{id} at {revision} has no file {file}", "Resolve the revision again."),
         "HFValidationError": (UsageError, "{id!r} is no valid hub id", "Give org/name or org/name@revision."),
         "OfflineModeIsEnabled": (
@@ -253,18 +256,22 @@ def explain(error: BaseException, request: Mapping[str, Any]) -> EdgepackError:
 
     Args:
         error: The exception; of a LocalEntryNotFoundError, the cause counts.
-        request: What was being asked for: id, revision or commit, file.
+        request: What was being asked for: id, revision or commit, file, kind.
 
     Returns:
         A FetchError, a StorageError (disk) or a UsageError (the id).
     """
     if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__ is not None:
         return explain(error.__cause__, request)
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    dataset = request.get("kind") == "dataset"
     facts = {
         "id": request.get("id", ""),
         "revision": request.get("revision", str(request.get("commit", ""))[:12]),
         "file": request.get("file", "information"),
-        "endpoint": os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"),
+        "endpoint": endpoint,
+        "kind": "data set" if dataset else "model",
+        "page": f"{endpoint}/{'datasets/' if dataset else ''}{request.get('id', '')}",
         "detail": " ".join(str(error).split())[:200],
     }
     for name in (base.__name__ for base in type(error).__mro__):

@@ -12,7 +12,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -80,12 +80,13 @@ def entries(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def locate(folder: Path, name: str) -> Path | None:
+def locate(folder: Path, name: str, allowed: Callable[[str], bool] = is_allowed) -> Path | None:
     """Find a file of the folder, through links that stay inside.
 
     Args:
         folder: The model folder; it may itself be reached through a link, that is the user's choice.
         name: Relative name, on the allow-list.
+        allowed: The allow-list; that of models by default.
 
     Returns:
         The real path of a regular file, or None when there is no such entry.
@@ -93,7 +94,7 @@ def locate(folder: Path, name: str) -> Path | None:
     Raises:
         InputRefused: The name is not on the allow-list, a link leaves the folder or leads nowhere, not a regular file.
     """
-    if not is_allowed(name):
+    if not allowed(name):
         raise InputRefused(f"{folder}: {name[:100]!r} is not a file name edgepack reads")
     path = folder / name
     try:

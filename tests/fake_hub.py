@@ -1,8 +1,9 @@
 """A Hugging Face hub on localhost, as far as huggingface_hub 2 talks to one, with faults on request.
 
-Speaks real HTTP: `GET /api/models/{id}/revision/{revision}` (siblings with sizes, LFS sha256 and git blob ids),
-`HEAD` and `GET /{id}/resolve/{commit}/{file}` with ETag, X-Repo-Commit, X-Linked-Etag and a redirect to a "CDN" for LFS
-files, Range, and the X-Error-Code words of the real one. Every request is kept, headers included.
+Speaks real HTTP: `GET /api/models/{id}/revision/{revision}` (siblings with sizes, LFS sha256 and git blob ids), `HEAD`
+and `GET /{id}/resolve/{commit}/{file}` with ETag, X-Repo-Commit, X-Linked-Etag and a redirect to a "CDN" for LFS files,
+Range, and the X-Error-Code words of the real one; `/api/datasets/...` and `/datasets/{id}/...` for a data set. Every
+request is kept, headers included.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LFS = (".safetensors", ".model", ".bin")
+LFS = (".safetensors", ".model", ".bin", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,13 @@ class Faults:
 
 
 class FakeHub:
-    """One repository, `org/name`. A context manager; `url` is the endpoint."""
+    """One repository, `org/name`, a model or a data set. A context manager; `url` is the endpoint."""
 
-    def __init__(self, files: Mapping[str, bytes], *, id: str = "acme/pico", gated: bool | str = False) -> None:
+    def __init__(
+        self, files: Mapping[str, bytes], *, id: str = "acme/pico", gated: bool | str = False, dataset: bool = False
+    ) -> None:
+        self.api = f"/api/{'datasets' if dataset else 'models'}/{id}/revision/"
+        self.resolve = f"{'/datasets' if dataset else ''}/{id}/resolve/"
         self.id, self.files, self.gated = id, dict(files), gated
         self.revisions = {"main": COMMIT, COMMIT: COMMIT}
         self.commits: dict[str, dict[str, bytes]] = {COMMIT: self.files}
@@ -107,11 +112,11 @@ class _Handler(BaseHTTPRequestHandler):
                 status, headers = answers.pop(0)
                 return self._answer(status, b'{"error": "as you wished"}', headers)
         if path.startswith("/cdn/"):
-            return self._content(path.rsplit("/", 1)[1], lfs=False)
-        if path.startswith(f"/api/models/{hub.id}/revision/"):
-            return self._info(path.removeprefix(f"/api/models/{hub.id}/revision/"))
-        if path.startswith(f"/{hub.id}/resolve/"):
-            commit, _, name = path.removeprefix(f"/{hub.id}/resolve/").partition("/")
+            return self._content(path.removeprefix("/cdn/"), lfs=False)
+        if path.startswith(hub.api):
+            return self._info(path.removeprefix(hub.api))
+        if path.startswith(hub.resolve):
+            commit, _, name = path.removeprefix(hub.resolve).partition("/")
             if commit not in hub.commits:
                 return self._error(404, "RevisionNotFound")
             if name not in hub.commits[commit]:

@@ -213,14 +213,34 @@ def _check_around(tokenizer: Any, engine: Model) -> None:
 def rendered(chats: list[Chat], tokenizer: Any, header: GgufFile, seconds: float) -> list[list[dict[str, str]]]:
     """Each chat as text, by transformers and by llama-cpp-python: `{"text": ...}` or `{"error": ...}`.
 
-    Runs in a forked process: killed after `seconds`, limited in processor time and memory.
+    Raises:
+        InputRefused: As `in_limits`.
+    """
+
+    def make() -> list[list[dict[str, str]]]:
+        return [
+            [
+                text_or_error(lambda entry: _by_transformers(tokenizer, entry), entry),
+                text_or_error(lambda entry: _by_llama_cpp(header, entry), entry),
+            ]
+            for entry in chats
+        ]
+
+    found: list[list[dict[str, str]]] = in_limits(make, seconds)
+    return found
+
+
+def in_limits(make: Callable[[], Any], seconds: float) -> Any:
+    """What `make` returns, JSON-able, made where a template may run: a forked process that is killed after `seconds`.
+
+    It is limited in processor time and memory too.
 
     Raises:
         InputRefused: It did not finish, or died.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_render, args=(chats, tokenizer, header, seconds, sender), daemon=True)
+    process = context.Process(target=_make, args=(make, seconds, sender), daemon=True)
     with warnings.catch_warnings():
         # Python 3.12 warns of forking with threads; nothing but Jinja and json runs on the other side.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -230,7 +250,7 @@ def rendered(chats: list[Chat], tokenizer: Any, header: GgufFile, seconds: float
     try:
         if not receiver.poll(seconds):
             raise InputRefused(late)
-        result: list[list[dict[str, str]]] | None = json.loads(receiver.recv_bytes())
+        result = json.loads(receiver.recv_bytes())
     except EOFError:  # killed by its limit on processor time
         raise InputRefused(late) from None
     finally:
@@ -242,16 +262,15 @@ def rendered(chats: list[Chat], tokenizer: Any, header: GgufFile, seconds: float
     return result
 
 
-def _render(chats: list[Chat], tokenizer: Any, header: GgufFile, seconds: float, sender: Connection) -> None:
-    """The other side of `rendered`: sends the texts, or null when memory runs out; dies when time does."""
+def _make(make: Callable[[], Any], seconds: float, sender: Connection) -> None:
+    """The other side of `in_limits`: sends the result, or null when memory runs out; dies when time does."""
     status = Path("/proc/self/statm")
     if status.exists():  # elsewhere than on Linux only time is limited
         _lower(resource.RLIMIT_AS, int(status.read_text().split()[0]) * resource.getpagesize() + RENDER_BYTES)
     used = resource.getrusage(resource.RUSAGE_SELF)
     _lower(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 1)
     try:
-        results = [[_text(_by_transformers, tokenizer, entry), _text(_by_llama_cpp, header, entry)] for entry in chats]
-        sender.send_bytes(json.dumps(results).encode())
+        sender.send_bytes(json.dumps(make()).encode())
     except MemoryError:
         sender.send_bytes(b"null")
 
@@ -261,11 +280,12 @@ def _lower(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
-def _text(render: Callable[[Any, Chat], str], with_what: Any, entry: Chat) -> dict[str, str]:
+def text_or_error(render: Callable[[Any], str], entry: Any) -> dict[str, str]:
+    """What `render` makes of a chat as `{"text": ...}`, or why it could not as `{"error": ...}`."""
     from jinja2 import TemplateError
 
     try:
-        text = render(with_what, entry)
+        text = render(entry)
     # A template can provoke every error that an expression of Python can.
     except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]}

@@ -218,19 +218,20 @@ def _vocabulary_texts(reference: Reference, size: int) -> Iterator[str]:
             yield text
 
 
-def open_reference(source: Path) -> Reference:
+def open_reference(source: Path, *, parse_special: bool = True) -> Reference:
     """The tokenizer of a source.
 
     Args:
         source: A model folder, or a GGUF file.
+        parse_special: False takes special tokens in a text for plain text, as llama.cpp's tools do by default.
 
     Raises:
         InputRefused: There is none, or `tokenizers` can't read it.
     """
     if source.is_file():
-        return _gguf_reference(source)
+        return _gguf_reference(source, parse_special)
     if (source / "tokenizer.json").is_file():
-        return _json_reference(source)
+        return _json_reference(source, parse_special)
     if (source / "tokenizer.model").is_file():
         return _sentencepiece_reference(source)
     raise InputRefused(f"{source}: no tokenizer (looked for tokenizer.json, tokenizer.model)")
@@ -253,10 +254,12 @@ def load_tokenizer(document: dict[str, Any], where: str) -> Any:
     return tokenizer
 
 
-def _json_reference(folder: Path) -> Reference:
+def _json_reference(folder: Path, parse_special: bool) -> Reference:
     where = str(folder / "tokenizer.json")
     document = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     tokenizer = load_tokenizer(document, where)
+    around = _around(tokenizer)
+    tokenizer.encode_special_tokens = not parse_special
 
     def differences(engine: Engine) -> Iterator[tuple[str, Encode]]:
         for difference in known(document, engine):
@@ -270,8 +273,9 @@ def _json_reference(folder: Path) -> Reference:
         decode=(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))) if lossless else None,
         name_of=tokenizer.id_to_token,
         special=tuple(entry["content"] for entry in document.get("added_tokens") or []),
-        around=_around(tokenizer),
+        around=around,
         differences=differences,
+        parse_special=parse_special,
     )
 
 
@@ -308,14 +312,14 @@ def _sentencepiece_reference(folder: Path) -> Reference:
     )
 
 
-def _gguf_reference(file: Path) -> Reference:
+def _gguf_reference(file: Path, parse_special: bool) -> Reference:
     model = Model(file, threads=1, vocab_only=True)
     whole = model.tokenize("a", add_special=True, parse_special=True)
     plain = model.tokenize("a", add_special=False, parse_special=True)
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     return Reference(
         name="GGUF",
-        encode=lambda text: model.tokenize(text, add_special=False, parse_special=True),
+        encode=lambda text: model.tokenize(text, add_special=False, parse_special=parse_special),
         decode=lambda ids: pieces(model, ids).decode("utf-8", "replace"),
         name_of=lambda number: (
             pieces(model, [number]).decode("utf-8", "replace") if number < model.vocab_size else None
@@ -323,6 +327,7 @@ def _gguf_reference(file: Path) -> Reference:
         special=(),
         around=(whole[:start], whole[start + len(plain) :]),
         differences=lambda engine: (),
+        parse_special=parse_special,
     )
 
 
