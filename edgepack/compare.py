@@ -1,6 +1,7 @@
 """Two artifacts of one model side by side: bytes, bits per weight, types, perplexity, divergence, speed.
 
-Either may be a GGUF or a package. What is measured runs in workers, on the same windows and in alternating turns;
+Either may be a GGUF or a package (where one is ONNX, `compare_onnx.py` takes over). What is measured runs in workers,
+on the same windows and in alternating turns;
 without a source model B is held against A. A result for reading and for machines: it judges nothing.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgepack.compare_onnx import compare_onnx, is_onnx
 from edgepack.errors import UsageError
 from edgepack.events import Listener, silent, step
 from edgepack.gguf.file import GgufFile, read_gguf_shards
@@ -92,7 +94,7 @@ def compare(
     """Compare two artifacts.
 
     Args:
-        first: A: GGUF file, first shard, or package folder.
+        first: A: GGUF file, first shard, folder of ORT GenAI, or package folder.
         second: B.
         text: Evaluation text.
         source: Full-precision model both are held against: folder, hub id or float GGUF; None holds B against A.
@@ -110,9 +112,13 @@ def compare(
         InputRefused: A file is no sound GGUF, or the text is too short.
         StepError: A measurement failed.
     """
-    a, b = _side(first), _side(second)
-    _same_model(a, b)
     count = threads or physical_cores()
+    if is_onnx(first) or is_onnx(second):
+        return compare_onnx(
+            first, second, text=text, source=source, windows=windows, speed=speed, threads=count, listener=listener
+        )
+    a, b = gguf_side(first), gguf_side(second)
+    _same_model(a, b)
     rows: list[dict[str, Any]] = [
         {"name": "artifact_bytes", "unit": "bytes", "a": a.file_bytes, "b": b.file_bytes},
         {"name": "bits_per_weight", "unit": "1", "a": a.bits_per_weight, "b": b.bits_per_weight},
@@ -130,7 +136,13 @@ def compare(
     }
 
 
-def _side(path: Path) -> Side:
+def gguf_side(path: Path) -> Side:
+    """What the headers of a GGUF, or of a package that holds one, say.
+
+    Raises:
+        UsageError: Nothing is there.
+        InputRefused: No sound GGUF.
+    """
     if path.is_dir():
         from edgepack.package import read_package
 

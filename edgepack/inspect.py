@@ -1,4 +1,4 @@
-"""What is in a path: a checkpoint folder, a GGUF (single or split), a package. Reads headers and metadata, no weights.
+"""What is in a path: a checkpoint, a GGUF (single or split), an ONNX model, a package. Reads headers, no weights.
 
 The answer is one flat table of facts that can be printed or dumped as JSON; a fact that is not known is None.
 Everything goes through the checkers of the formats, so an unsafe file is refused here as it is by a build.
@@ -57,11 +57,12 @@ def inspect(path: Path | str, *, tensors: bool = False) -> dict[str, Any]:
     """Say what is in `path`.
 
     Args:
-        path: A checkpoint folder, a GGUF file (any file of a split set), or a package folder.
+        path: A checkpoint folder, a GGUF file (any file of a split set), an ONNX file, a folder of ORT GenAI, or a
+            package folder.
         tensors: List every tensor too, under `tensors`: name, shape (outermost first), type, bytes.
 
     Returns:
-        Facts that can be dumped as JSON: `kind` (`checkpoint`, `gguf`, `package`), `name`, `architecture`,
+        Facts that can be dumped as JSON: `kind` (`checkpoint`, `gguf`, `onnx`, `package`), `name`, `architecture`,
         `parameters`, `file_bytes`, `bits_per_weight`, `bytes_by_type` ({type: {tensors, bytes}}), `context_length`,
         `layers`, `heads`, `kv_heads`, `tokenizer`, `chat_template` (present or not), `licence`, and what only one kind
         has.
@@ -72,13 +73,22 @@ def inspect(path: Path | str, *, tensors: bool = False) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        return _package(path, tensors) if (path / "edgepack.json").exists() else _checkpoint(path, tensors)
+        if (path / "edgepack.json").exists():
+            return _package(path, tensors)
+        if (path / "genai_config.json").exists():
+            return {"kind": "onnx", "name": path.resolve().name} | _onnx(path, tensors)
+        return _checkpoint(path, tensors)
     if not path.exists():
         raise UsageError(
-            f"{path}: no such file or folder", hint="Give a checkpoint folder, a .gguf file or a package folder."
+            f"{path}: no such file or folder",
+            hint="Give a checkpoint folder, a .gguf or .onnx file, or a package folder.",
         )
     if path.suffix in (".safetensors", ".json"):
         raise UsageError(f"{path}: a part of a checkpoint", hint=f"Give its folder: {path.parent}")
+    if path.suffix == ".ort":
+        raise UsageError(f"{path}: a model for minimal builds of onnxruntime", hint="Inspect the .onnx it was made of.")
+    if path.suffix == ".onnx":
+        return {"kind": "onnx", "name": path.name} | _onnx(path, tensors)
     return {"kind": "gguf", "name": path.name} | _gguf(path, tensors)
 
 
@@ -99,10 +109,19 @@ def _package(path: Path, tensors: bool) -> dict[str, Any]:
         "artifact": manifest["artifact"],
         "artifact_digest": package.artifact_digest,
     }
+    if package.artifact.suffix == ".onnx":
+        architecture = {"architecture": manifest["recipe"].get("architecture"), "task": manifest["recipe"].get("task")}
+        return facts | architecture | _onnx(package.artifact, tensors) | {"licence": source.get("licence")}
     if package.artifact.suffix != ".gguf":
-        raise InputRefused(f"{package.artifact}: can't be inspected; this version of edgepack knows GGUF artifacts")
+        raise InputRefused(f"{package.artifact}: can't be inspected; this version of edgepack knows GGUF and ONNX")
     found = _gguf(package.artifact, tensors)
     return facts | found | {"licence": source.get("licence") or found["licence"]}
+
+
+def _onnx(path: Path, tensors: bool) -> dict[str, Any]:
+    from edgepack.onnx.inspect_onnx import genai_model, inspect_onnx
+
+    return inspect_onnx(genai_model(path) if path.is_dir() else path, tensors)
 
 
 def _gguf(path: Path, tensors: bool) -> dict[str, Any]:
