@@ -13,35 +13,9 @@ from __future__ import annotations
 
 import torch
 
-from edgepack.errors import StepError
 from edgepack.onnx.matmul_nbits import Format, Quantized, Where, best_scales, check_scales, pack, to_grid
 
-_DAMPING = 0.01  # of the mean diagonal of H; the paper's value
 _LAZY = 128  # columns before the rest of the matrix is updated; the paper's value
-
-
-def inverse_factor(moments: torch.Tensor) -> torch.Tensor:
-    """U of the description above.
-
-    Args:
-        moments: float32 `[width, width]`, symmetric; inputs that are always zero are allowed. Not changed.
-
-    Raises:
-        StepError: Not positive definite after damping: the activations were NaN or infinite.
-    """
-    damped = moments.clone()
-    diagonal = damped.diagonal()
-    diagonal += _DAMPING * float(diagonal.mean()) + torch.finfo(damped.dtype).tiny
-    diagonal[diagonal == 0] = 1.0
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if not int(failed):
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    if int(failed) or not torch.isfinite(upper).all():
-        raise StepError(
-            f"calibration: the second moments of {moments.shape[0]} inputs are not positive definite",
-            hint="The model gives NaN or infinite activations on the calibration text; build without calibration.",
-        )
-    return upper
 
 
 def quantize_columns(weights: torch.Tensor, factor: torch.Tensor, form: Format, *, where: Where) -> Quantized:
@@ -49,7 +23,7 @@ def quantize_columns(weights: torch.Tensor, factor: torch.Tensor, form: Format, 
 
     Args:
         weights: float32 `[rows, width]`; not changed.
-        factor: From `inverse_factor`, `[width, width]`.
+        factor: From `calibrate.factor.inverse_factor`, `[width, width]`.
         form: The format; width must be whole blocks.
         where: As `matmul_nbits.quantize`.
 

@@ -1,8 +1,8 @@
 """Formats and codes of a decoder's matrices, chosen with a calibration text.
 
 Every matrix is quantized with column feedback (`column_feedback.py`) in each 4-bit format, and its cost predicted from
-the error that remains: half of sum_n g_n d_n H d_n^T, d_n the error of row n, H and g from `activation_statistics.py`.
-`mixed_precision.py` then spends the bytes. A matrix that is the embedding as well also pays for the error of the rows
+the error that remains: half of sum_n g_n d_n H d_n^T, d_n the error of row n, H and g from `calibrate/statistics.py`.
+`allocate.py` then spends the bytes. A matrix that is the embedding as well also pays for the error of the rows
 it looks up. Matrices without statistics (no linear layer of transformers reads them) get 8 bits.
 
 The calibration text is never the evaluation text (`edgepack/text.py`).
@@ -10,7 +10,7 @@ The calibration text is never the evaluation text (`edgepack/text.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -19,14 +19,16 @@ from typing import Any
 
 import torch
 
+from edgepack.allocate import Option, allocate
+from edgepack.calibrate.factor import inverse_factor
+from edgepack.calibrate.layers import load_model
+from edgepack.calibrate.statistics import Collector, groups
 from edgepack.checkpoint import Checkpoint
 from edgepack.errors import InputRefused
-from edgepack.onnx.activation_statistics import Collector, groups, linear_layers, load_model
-from edgepack.onnx.column_feedback import inverse_factor, quantize_columns
+from edgepack.onnx.column_feedback import quantize_columns
 from edgepack.onnx.decoder_graph import Matrix, quantizable
 from edgepack.onnx.deferred import materialize, not_finite, sources
 from edgepack.onnx.matmul_nbits import Format, Quantized, quantize
-from edgepack.onnx.mixed_precision import Choice, choose
 from edgepack.text import WINDOW_TOKENS, default_calibration_text, read_text, text_sha256, windows
 
 # What a matrix may be stored in. Blocks of 16 would pay, but have no KleidiAI kernel.
@@ -60,10 +62,10 @@ def calibrated(
     pieces = windows(_tokens(checkpoint.path, text), WINDOW_TOKENS, settings["windows"])
     threads = settings["threads"]
     model = load_model(checkpoint.path)
-    layers = linear_layers(model, {name for matrix in found for name in sources(matrix.weights)})
+    layers = _linear_layers(model, {name for matrix in found for name in sources(matrix.weights)})
     with _torch_threads(threads):
         gradients, lookups = Collector(model, pieces[:_GRADIENT_WINDOWS]).gradients(layers)
-    options: dict[str, list[Choice[Format]]] = {}
+    options: dict[str, list[Option[Format]]] = {}
     codes: dict[tuple[str, Format], Quantized] = {}
     for part in groups(layers):
         with _torch_threads(threads):
@@ -77,9 +79,9 @@ def calibrated(
     for matrix in found:
         form = Format(8, 32).fitted(matrix.width)
         if matrix.name not in options and quantizable(matrix, form, provider):
-            options[matrix.name] = [Choice(form, form.nbytes(matrix.rows, matrix.width), 0.0)]
-    chosen = choose(options, budget)
-    kept = {name: codes[name, choice.form] for name, choice in chosen.items() if (name, choice.form) in codes}
+            options[matrix.name] = [Option(form, form.nbytes(matrix.rows, matrix.width), 0.0)]
+    chosen = allocate(options, budget)
+    kept = {name: codes[name, choice.kind] for name, choice in chosen.items() if (name, choice.kind) in codes}
     by_name = {matrix.name: matrix for matrix in found}
     report = {
         "text_sha256": text_sha256(text),
@@ -87,7 +89,19 @@ def calibrated(
         "window_tokens": WINDOW_TOKENS,
         "predicted_kld": sum(choice.cost for choice in chosen.values()),
     }
-    return {name: (by_name[name], choice.form) for name, choice in chosen.items()}, kept, report
+    return {name: (by_name[name], choice.kind) for name, choice in chosen.items()}, kept, report
+
+
+def _linear_layers(model: Any, wanted: Collection[str]) -> dict[str, Any]:
+    """The linear layers whose weights are named, by that name; a tied weight has several, one of which is named."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found = {}
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            found.update({name: layer for name in names.get(id(layer.weight), []) if name in wanted})
+    return found
 
 
 def _priced(
@@ -97,7 +111,7 @@ def _priced(
     gradients: Mapping[str, torch.Tensor],
     lookups: torch.Tensor,
     provider: str,
-) -> tuple[list[Choice[Format]], dict[Format, Quantized]]:
+) -> tuple[list[Option[Format]], dict[Format, Quantized]]:
     """Bytes and cost of a matrix in each format it can be stored in, and the codes of those with feedback."""
     names = sources(matrix.weights)
     own = moments[names[0]]
@@ -118,7 +132,7 @@ def _priced(
             cost = 0.5 * float(outputs @ ((error @ own) * error).sum(1))
             if matrix.lookup is not None:
                 cost += 0.5 * float(error.square().mean(0) @ lookups)
-            choices.append(Choice(form, form.nbytes(matrix.rows, matrix.width), cost))
+            choices.append(Option(form, form.nbytes(matrix.rows, matrix.width), cost))
     return choices, codes
 
 

@@ -69,7 +69,7 @@ _RANGES = (("threads", 1, 1024), ("windows", 2, 4096), ("context", 1, 1 << 24))
 # graph of a model of 16 layers, and the temporaries of one thread.
 _IMPORTS_BYTES, _THREAD_BYTES = 450 << 20, 64 << 20
 _CALIBRATING_BYTES = 150 << 20  # transformers' models, autograd
-_MOMENTS_BYTES = 2 << 30  # `activation_statistics.MOMENTS_BYTES`, which needs torch to import
+_MOMENTS_BYTES = 2 << 30  # `calibrate.statistics.MOMENTS_BYTES`, which needs torch to import
 _FACTORS = 3  # copies of the largest second moments while one thread inverts them
 
 

@@ -6,7 +6,7 @@ onnxruntime fuses the nodes of a product into one when it loads the model. Three
 from leaving a product in float32:
 
 - Factors (`smoothing.py`): x is divided by a factor per channel and the matrix multiplied by it; in LayerNormalization
-  where nothing else reads it, else by one Mul.
+  where nothing else reads it, in the values of an attention (`folding.py`), else by one Mul.
 - A second product for what the first lost: x - s_x (q_x - z_x) is quantized to 8 bits again and multiplied by the same
   integers. Activations then have 16 bits, weights still 8; the file does not grow, and the time is that of two 8-bit
   products.
@@ -35,6 +35,7 @@ def quantize_products(
     found: Sequence[Unit],
     *,
     factors: Mapping[str, Floats],
+    folded: Collection[str] = (),
     twice: Collection[str] = (),
     pair_safe: bool,
 ) -> None:
@@ -44,6 +45,7 @@ def quantize_products(
         graph: The model.
         found: What to quantize.
         factors: Unit name -> factor per input channel, [inputs]; a unit without stays as it is.
+        folded: Names of units whose activations are divided by their factors already (`folding.py`).
         twice: Names of units that get the second product.
         pair_safe: Weights that saturate no 16-bit sum (x86-64 without VNNI).
     """
@@ -53,7 +55,8 @@ def quantize_products(
         integers = {product.weight: _store_weight(graph, product, factor, pair_safe) for product in unit.weights}
         for value in unit.inputs:
             readers = [product for product in unit.products if product.input == value]
-            nodes, parts = _quantize_input(graph, value, factor, readers, double=unit.name in twice)
+            divisor = None if unit.name in folded else factor
+            nodes, parts = _quantize_input(graph, value, divisor, readers, double=unit.name in twice)
             for number, product in enumerate(readers):
                 before = nodes if number == 0 else []
                 replacements[product.node] = before + _product(graph, product, parts, integers[product.weight])

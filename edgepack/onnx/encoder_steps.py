@@ -1,4 +1,4 @@
-"""Each step of a build for an encoder: export the graph, quantize it, prove it in onnxruntime."""
+"""Each step of a build for an encoder: export the graph, find the precision that pays, prove it in onnxruntime."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgepack.backend import Candidate, Described
 from edgepack.errors import UsageError
 from edgepack.events import step
+from edgepack.onnx.recipes import AUTO, DEFAULT_BUDGETS, recipe_named, tried
 from edgepack.predict import MB, Prediction
 from edgepack.worker import run
 from edgepack.workshop import Exported, Workshop, keyed, machine_facts, refuse_changed, sha256, stamps
@@ -19,14 +20,18 @@ if TYPE_CHECKING:
     from edgepack.source import Source
     from edgepack.targets import Target
 
-# What the plan chooses from, best first: 8 bits lose next to nothing and are the fastest on every CPU.
-NAMES = ("int8", "int4")
 # A graph without weights, and what onnxruntime and the process that drives it hold before a model is loaded.
 GRAPH_BYTES = 400_000
 RUNTIME_MB = 90
 # onnxruntime packs matrices for its kernels when it loads them: file and packed copy are resident together at the peak.
 LOADED_COPIES = 2.0
-SAMPLES = 200
+SAMPLES = 300  # three beyond a 1 % quantile
+LENGTHS = (16, 64, 128, 512)  # tokens timed beside the profile's own: a query, a sentence or two, a passage, the most
+# RoBERTa and its kin number positions from the padding index on (create_position_ids_from_input_ids): a table of 514
+# rows is for 512 tokens. MPNet's padding index is 1 whatever its configuration says (modeling_mpnet.py).
+_POSITIONS_AFTER_PADDING = frozenset(
+    ["camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xmod"]
+)
 # Files an app needs to make the model's input, beside tokenizer.json.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "sentence_bert_config.json",
@@ -42,25 +47,52 @@ def describe(source: Source, target: Target) -> Described:
     checkpoint = open_checkpoint(source.path)
     task = task_of(checkpoint.config, checkpoint.path, target.onnx.task)
     classes = checkpoint.config.get("architectures") or [checkpoint.model_type]
-    positions = checkpoint.config.get("max_position_embeddings") or 0
+    positions = _positions(checkpoint.config, checkpoint.model_type)
     return Described(
         architecture=str(classes[0]),
         parameters=checkpoint.parameters,
-        context=min(target.runtime.context, int(positions)) if positions else target.runtime.context,
+        context=min(target.runtime.context, positions) if positions else target.runtime.context,
         embedding=True,
         model=task,
+        defaults=_default_budgets(task.name, _classes(checkpoint.config), target),
     )
 
 
+def _positions(config: Mapping[str, Any], model_type: str) -> int:
+    """Most tokens the model has positions for; 0: any number."""
+    positions = int(config.get("max_position_embeddings") or 0)
+    if positions <= 0 or model_type not in _POSITIONS_AFTER_PADDING:
+        return max(positions, 0)
+    padding = 1 if model_type == "mpnet" else int(config.get("pad_token_id", 1) or 0)
+    return positions - padding - 1
+
+
+def _classes(config: Mapping[str, Any]) -> int:
+    """Classes of a classifier; 2 where nothing is said (transformers, PretrainedConfig)."""
+    return len(config.get("id2label") or {}) or int(config.get("num_labels") or 2)
+
+
+def _default_budgets(task: str, classes: int, target: Target) -> tuple[str, ...]:
+    """Fidelity that is asked for where the profile does not say."""
+    names = {"feature-extraction": ("cosine_mean", "cosine_p01"), "sentence-similarity": ("cosine_mean", "cosine_p01")}
+    single = task == "text-classification" and classes == 1
+    wanted = names.get(task, ("rank_agreement",) if single else ("label_agreement",))
+    limits = target.limits()
+    return tuple(f"budget.{name}={DEFAULT_BUDGETS[name]}" for name in wanted if name not in limits)
+
+
 def names(described: Described, target: Target) -> tuple[str, ...]:
-    """Recipes, best first."""
-    return NAMES
+    """One name: the search decides by measuring, not by prediction."""
+    return (AUTO,)
 
 
 def candidate(described: Described, source: Source, target: Target, quantize: str) -> Candidate:
-    """A recipe and its estimated size."""
-    from edgepack.onnx.recipes import recipe_named
-
+    """A recipe and its estimated size; `auto` is what it finds when 8 bits suffice, or 4 where 8 don't fit."""
+    if quantize == AUTO:
+        found = [candidate(described, source, target, name) for name in ("int8", "int4")]
+        most = target.limits().get("artifact_bytes", {}).get("max", float("inf"))
+        fitting = [one for one in found if one.prediction.artifact_bytes <= most]
+        return Candidate(AUTO, (fitting or found[-1:])[0].prediction)
     bits = recipe_named(quantize).weight_bits
     size = int(described.parameters * bits / 8 * (1.02 if bits < 16 else 1)) + GRAPH_BYTES
     ram = size * LOADED_COPIES / MB + RUNTIME_MB
@@ -69,16 +101,20 @@ def candidate(described: Described, source: Source, target: Target, quantize: st
 
 
 def export(shop: Workshop, source: Source, plan: Plan, stem: str) -> Exported:
-    """Export the float graph, then quantize it."""
+    """Export the float graph, then quantize it as asked, or search for the recipe that meets the budgets."""
     graph = _float_graph(shop, source, plan)
-    options = _quantizer_options(source, plan)
-    inputs = {key: value for key, value in options.items() if key not in ("source", "calibration")} | {
-        "graph": graph.digest, "model": source.files, "calibration": sha256(calibration(plan.target)),
-    }  # fmt: skip
+    data = calibration(plan.target, images=bool(graph.report.get("image")))
+    options = _quantizer_options(plan, graph.report)
+    searching = plan.quantize == AUTO
+    if searching:
+        options |= _search_options(shop, plan, graph.report)
+    inputs = options | {"graph": graph.digest, "model": source.files, "calibration": sha256(data) if data else None}
+    function = "edgepack.onnx.search:choose" if searching else "edgepack.onnx.quantize:quantize"
 
     def write(folder: Path, handle: Any) -> dict[str, Any]:
-        arguments = options | {"model": str(graph.path.parent), "folder": str(folder)}
-        report = run("edgepack.onnx.quantize:quantize", arguments, what="quantization", progress=handle.progress)
+        places = {"model": str(graph.path.parent), "folder": str(folder), "source": str(source.path)}
+        given = {"text" if searching else "calibration": str(data) if data else None}
+        report = run(function, options | places | given, what="quantization", progress=handle.progress)
         return dict(report)
 
     return _stored(shop, "quantize", f"{stem}.onnx", inputs, write, extra=graph.report)
@@ -120,27 +156,56 @@ def _stored(
         bits = 8 * exported.size / report["parameters"]
         exported = Exported(entry, files, "model.onnx", report | {"bits_per_weight": bits})
         handle.cached = entry.cached
-        chosen = report.get("recipe") or f"opset {report['opset']}"
-        handle.outcome = f"{detail}  {exported.size / MB:,.1f} MB, {chosen}"
+        handle.outcome = f"{detail}  {exported.size / MB:,.1f} MB, {_found_in_words(report)}"
     return exported
 
 
-def _quantizer_options(source: Source, plan: Plan) -> dict[str, Any]:
+def _found_in_words(report: Mapping[str, Any]) -> str:
+    """What was written, and of a search how it stands."""
+    search = report.get("search")
+    if search is None:
+        return str(report.get("recipe") or f"opset {report['opset']}")
+    words = f"{report['recipe']} of {len(search['candidates'])} measured"
+    better = len(report["kept"]) + len(report["finer"])
+    words += f", {better} nodes in higher precision" if better else ""
+    if search["missed"]:
+        missed = ", ".join(f"{name} {value:.5g}" for name, value in search["missed"].items())
+        words += f"; none meets the budgets, the best reaches {missed}"
+    return words
+
+
+def _quantizer_options(plan: Plan, graph: Mapping[str, Any]) -> dict[str, Any]:
     target = plan.target
+    single = graph["task"] == "text-classification" and len(graph.get("labels") or {}) == 1
+    common = {"arch": target.device.arch, "provider": target.onnx.provider, "task": graph["task"], "pairs": single}
+    return common if plan.quantize == AUTO else common | {"recipe": plan.quantize}
+
+
+def _search_options(shop: Workshop, plan: Plan, graph: Mapping[str, Any]) -> dict[str, Any]:
+    target = plan.target
+    counted = {*DEFAULT_BUDGETS, "neighbour_agreement", "artifact_bytes"}
+    if target.device.is_this_machine:
+        counted.add("latency_ms_p50")
     return {
-        "recipe": plan.quantize,
-        "calibration": str(calibration(target)),
-        "arch": target.device.arch,
-        "provider": target.onnx.provider,
-        "source": str(source.path),
+        "recipes": list(tried(target.onnx.provider, images=bool(graph.get("image")))),
+        "budgets": {name: dict(limit) for name, limit in target.limits().items() if name in counted},
+        "threads": shop.threads,
+        "tokens": _tokens(target, plan.context),
     }
 
 
-def calibration(target: Target) -> Path:
-    """The text quantizers are calibrated on: never the evaluation text."""
+def _tokens(target: Target, context: int) -> int:
+    """Tokens of the main latency rows."""
+    return target.onnx.sequence or min(target.measure.prompt_tokens, context)
+
+
+def calibration(target: Target, *, images: bool = False) -> Path | None:
+    """What quantizers are calibrated on, never the evaluation text; None for images where the user gave none."""
     from edgepack.text import default_calibration_text
 
-    return Path(target.quantize.calibration) if target.quantize.calibration else default_calibration_text()
+    if target.quantize.calibration:
+        return Path(target.quantize.calibration)
+    return None if images else default_calibration_text()
 
 
 def conform(shop: Workshop, source: Source, plan: Plan, exported: Exported) -> dict[str, Any]:
@@ -201,7 +266,9 @@ def latency(shop: Workshop, target: Target, artifact: Path, digest: str, context
     """Latency at batch 1, by length, and memory."""
     settings = {
         "batch": target.onnx.batch or 1,
-        "lengths": [target.onnx.sequence or min(target.measure.prompt_tokens, context)],
+        "lengths": list(dict.fromkeys([_tokens(target, context), *LENGTHS])),
+        "longest": context,
+        "image": _image_size(artifact),
         "repetitions": target.measure.repetitions,
         "threads": shop.threads,
         "provider": target.onnx.provider,
@@ -221,7 +288,19 @@ def latency(shop: Workshop, target: Target, artifact: Path, digest: str, context
     return dict(found)
 
 
-def runtime(plan: Plan) -> dict[str, Any]:
+def _image_size(artifact: Path) -> list[int] | None:
+    """Height and width of a model of images, from the report beside the artifact or the package's manifest."""
+    report, manifest = artifact.parent / "report.json", artifact.parent.parent / "edgepack.json"
+    if report.is_file():
+        found = json.loads(report.read_text(encoding="utf-8")).get("image")
+    elif manifest.is_file():
+        found = json.loads(manifest.read_text(encoding="utf-8")).get("recipe", {}).get("image")
+    else:
+        found = None
+    return [int(side) for side in found] if found else None
+
+
+def runtime(plan: Plan, exported: Exported) -> dict[str, Any]:
     """Load options for `runtime.json`."""
     options = plan.target.runtime
     return {
@@ -251,5 +330,6 @@ def tokenizer(source: Source, exported: Exported) -> dict[str, bytes]:
 
 def recipe(exported: Exported) -> dict[str, Any]:
     """What came of the options, for the manifest."""
-    keys = ("task", "inputs", "outputs", "opset", "recipe", "kept", "twice", "sentence")
-    return {key: exported.report[key] for key in keys if exported.report.get(key) is not None}
+    keys = ("task", "inputs", "outputs", "opset", "recipe", "kept", "finer", "sentence", "image", "search")
+    found = {key: exported.report[key] for key in keys if exported.report.get(key) is not None}
+    return found | {"quantize": exported.report["recipe"]}

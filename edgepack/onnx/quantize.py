@@ -7,7 +7,7 @@ which one to take, and which nodes to treat better, is the caller's to say. Runs
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from edgepack.onnx.check import check_model
 from edgepack.onnx.dynamic import matrix_name, quantize_products, smooth
 from edgepack.onnx.embeddings import quantize_tables
 from edgepack.onnx.export import MODEL
+from edgepack.onnx.folding import fold_into_values
 from edgepack.onnx.half import compute_half, store_half
 from edgepack.onnx.integers import Floats
 from edgepack.onnx.recipes import RECIPES as RECIPES
@@ -84,7 +85,7 @@ def quantize(
     if row.needs_calibration and calibration is None:
         raise UsageError(
             f"quantize = {recipe!r} needs calibration data, and none was given",
-            hint="Give a text (or an .npy of images) with --calibration, or use int8-dynamic, which needs none.",
+            hint="Name a text, or an .npy of preprocessed images, with --calibration; int8-dynamic needs none.",
         )
     if finer and not row.has_finer:
         raise UsageError(f"quantize = {recipe!r} has no finer precision for single nodes", hint="Keep them in float32.")
@@ -111,7 +112,7 @@ def check_shapes(row: Recipe, graph: Graph) -> None:
     if row.fixed_shapes and free:
         raise UsageError(
             f"quantize = {row.name!r} is for processors that need fixed shapes; {', '.join(free)} has free axes",
-            hint="Fix them when exporting: give batch and sequence.",
+            hint="Fix them with --set onnx.batch=1 --set onnx.sequence=128 (images: onnx.batch alone).",
         )
 
 
@@ -215,8 +216,12 @@ class Workshop:
         tables: list[str] = []
         if row.table_bits <= 8 and not row.fixed_shapes:
             tables = quantize_tables(graph, bits=row.table_bits, block=row.block, keep=keep, finer=finer)
+        folded = fold_into_values(graph, found, factors)
+        if folded:
+            found = units(graph.products(), keep)
         if row.method == "dynamic":
-            quantize_products(graph, found, factors=factors, twice=doubled, pair_safe=self.arch == "x86_64")
+            pair_safe = self.arch == "x86_64"
+            quantize_products(graph, found, factors=factors, folded=folded, twice=doubled, pair_safe=pair_safe)
         elif row.method == "blocks":
             chosen = [product for product in graph.products() if product.node not in keep]
             quantize_blocks(graph, chosen, bits=row.weight_bits, block=row.block, finer=finer)
@@ -227,7 +232,7 @@ class Workshop:
         elif row.fixed_shapes:
             graph = quantize_for_npu(graph, self.feeds, keep=keep, bits=row.activation_bits)
         elif row.method == "static":
-            graph = self._static(graph, row, found, factors, keep)
+            graph = self._static(graph, row, found, factors, folded, keep)
         files = graph.write(folder)
         check_model(folder / MODEL)
         if self.provider == CPU or row.method != "half":  # a graph in float16 may need kernels that a CPU has not
@@ -258,11 +263,17 @@ class Workshop:
         return {unit.name: by_node[unit.name] for unit in found if unit.name not in doubled}
 
     def _static(
-        self, graph: Graph, row: Recipe, found: Sequence[Unit], factors: dict[str, Floats], keep: frozenset[str]
+        self,
+        graph: Graph,
+        row: Recipe,
+        found: Sequence[Unit],
+        factors: dict[str, Floats],
+        folded: Collection[str],
+        keep: frozenset[str],
     ) -> Graph:
         """Smooth, take ranges, quantize. Ranges are those of the smoothed graph with nothing kept."""
         key = (row.calibrator, row.smooth)
-        smooth_in_float(graph, found, factors)
+        smooth_in_float(graph, found, factors, folded)
         if key not in self._ranges:
             self._ranges[key] = self._find_ranges(graph, row.calibrator)
         return quantize_static(graph, self._ranges[key], keep=keep, arch=self.arch)
@@ -275,8 +286,8 @@ class Workshop:
             return find_ranges(graph, Path(scratch) / MODEL, self.feeds, how, self.threads)
 
 
-def smooth_in_float(graph: Graph, found: Sequence[Unit], factors: dict[str, Floats]) -> None:
-    """Put factors into a float32 graph: activations divided, matrices multiplied."""
+def smooth_in_float(graph: Graph, found: Sequence[Unit], factors: dict[str, Floats], folded: Collection[str]) -> None:
+    """Put factors into a float32 graph: activations divided (those of `folded` are), matrices multiplied."""
     for unit in found:
         factor = factors.get(unit.name)
         if factor is None:
@@ -288,7 +299,7 @@ def smooth_in_float(graph: Graph, found: Sequence[Unit], factors: dict[str, Floa
             scaled[product.weight] = graph.store(name, weight.T if product.transposed else weight)
         for value in unit.inputs:
             readers = [product for product in unit.products if product.input == value]
-            source, nodes = smooth(graph, value, factor, readers)
+            source, nodes = (value, []) if unit.name in folded else smooth(graph, value, factor, readers)
             for number, product in enumerate(readers):
                 node = next(node for node in graph.nodes if node.name == product.node)
                 node.input[0], node.input[1] = source, scaled[product.weight]

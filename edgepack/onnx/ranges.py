@@ -18,7 +18,8 @@ import numpy as np
 from edgepack.onnx.integers import Floats
 
 PERCENTILE = 99.999  # onnxruntime's default
-_BINS, _LEVELS = 128, 128  # of the histogram and of 8 bits; onnxruntime's defaults for entropy
+# Of the histogram, and of 8 bits. onnxruntime's own default of 128 bins leaves one range to choose from: all of it.
+_BINS, _LEVELS = 2048, 128
 
 
 def find_range(samples: Sequence[Floats], how: str) -> tuple[np.float32, np.float32]:

@@ -116,12 +116,53 @@ _RECIPES = (
         calibrator="minmax",
         fixed_shapes=True,
     ),
+    Recipe(
+        "a8w8",
+        "8-bit weights and activations with fixed ranges (QDQ) for neural processors; needs fixed shapes",
+        "static",
+        8,
+        8,
+        activation_bits=8,
+        calibrator="minmax",
+        fixed_shapes=True,
+    ),
     # Blocks of 128 cost 0.25 bit per weight and are the fastest 8-bit ones of onnxruntime 1.31 on x86-64 (measured).
     Recipe("int8-weights", "8-bit weights in blocks of 128, activations in float32", "blocks", 8, 8, block=128),
     # 32: what onnxruntime-genai's builder and llama.cpp use; 16 would cost 2 bits per weight of scales.
     Recipe("int4", "4-bit weights in blocks of 32, embeddings too, activations in float32", "blocks", 4, 4, block=32),
 )
 RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _RECIPES})
+
+AUTO = "auto"  # not a row: the search of `search.py`, which tries the rows below
+# What it tries, by execution provider: neural processors take fixed ranges and nothing else, GPUs gain from float16
+# (TensorRT from QDQ too). A CPU's rows end in ones that cost size or speed but lose next to nothing.
+_TRIED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "QNNExecutionProvider": ("a8w8", "a16w8"),
+        "CUDAExecutionProvider": ("fp16", "fp32"),
+        "WebGpuExecutionProvider": ("fp16", "fp32"),
+        "TensorrtExecutionProvider": ("int8-qdq", "fp16", "fp32"),
+        "NvTensorRTRTXExecutionProvider": ("int8-qdq", "fp16", "fp32"),
+    }
+)
+_TRIED_ON_CPU = ("int8", "int8-dynamic", "int8-weights", "int4", "fp16", "fp32")
+_TRIED_FOR_IMAGES = ("int8", "int8-dynamic", "int8-qdq", "int8-qdq-entropy", "fp16", "fp32")
+
+# Least values where a profile says nothing. Embedders: the level below which published int8 encoders lose ranks;
+# classifiers: the stricter of MLPerf's two targets (99 % of the original's quality).
+DEFAULT_BUDGETS: Mapping[str, float] = MappingProxyType(
+    {"cosine_mean": 0.995, "cosine_p01": 0.98, "label_agreement": 0.99, "rank_agreement": 0.99}
+)
+
+
+def tried(provider: str, *, images: bool) -> tuple[str, ...]:
+    """Rows that `auto` measures.
+
+    Args:
+        provider: Execution provider that will run the model.
+        images: The model reads images: convolutions are quantized by QDQ only, and most parts of it are no products.
+    """
+    return _TRIED.get(provider, _TRIED_FOR_IMAGES if images else _TRIED_ON_CPU)
 
 
 def recipe_named(name: str) -> Recipe:
@@ -131,5 +172,5 @@ def recipe_named(name: str) -> Recipe:
         UsageError: There is none.
     """
     if name not in RECIPES:
-        raise UsageError(f"quantize = {name!r} for an ONNX encoder: expected one of {', '.join(RECIPES)}")
+        raise UsageError(f"quantize = {name!r} for an ONNX encoder: expected {AUTO} or one of {', '.join(RECIPES)}")
     return RECIPES[name]

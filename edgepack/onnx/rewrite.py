@@ -1,7 +1,8 @@
 """A float32 ONNX graph in memory: find what can be quantized, replace nodes, write it back the same way every time.
 
-Works on the protobuf of the main graph; subgraphs (If, Loop) keep their weights. Stale shapes go at once: onnxruntime
-trusts `value_info`, and that of a rewritten value is wrong.
+Works on the protobuf of the main graph; subgraphs (If, Loop) keep their weights. Noted shapes of stored tensors and of
+values that are gone are dropped: onnxruntime's quantizers trust them and fail on a matrix that was transposed since.
+Those of values that stay are kept: without, onnxruntime fuses less (no addition with its LayerNormalization).
 """
 
 from __future__ import annotations
@@ -86,7 +87,6 @@ class Graph:
 
     def __post_init__(self) -> None:
         self.stored = self.stored or {tensor.name: tensor for tensor in self.model.graph.initializer}
-        del self.model.graph.value_info[:]
         names = [node.name for node in self.model.graph.node if node.name]
         if len(names) != len(set(names)):
             name = next(name for name in names if names.count(name) > 1)
@@ -218,6 +218,10 @@ class Graph:
         used |= dict.fromkeys(name for inner in _subgraphs(graph) for node in inner.node for name in node.input)
         used |= dict.fromkeys(output.name for output in graph.output)
         self.stored = {name: self.stored[name] for name in used if name in self.stored}
+        made = {name for node in graph.node for name in node.output}
+        shapes = [value for value in graph.value_info if value.name in made]
+        del graph.value_info[:]
+        graph.value_info.extend(shapes)
         del graph.initializer[:]
         graph.initializer.extend(self.stored.values())
 
@@ -230,7 +234,6 @@ class Graph:
         import onnx
 
         self.settle()
-        del self.model.graph.value_info[:]
         self.model.producer_name, self.model.producer_version = PRODUCER, ""
         del self.model.metadata_props[:]
         for node in self.nodes:

@@ -16,38 +16,28 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from edgepack.errors import StepError, UsageError
+from edgepack.errors import ConformanceError, EdgepackError, StepError, UsageError
+from edgepack.measure.encoder_samples import Sample
 from edgepack.onnx.calibrate import feed, read_samples
-from edgepack.onnx.export import MODEL
+from edgepack.onnx.export import DATA, MODEL
 from edgepack.onnx.judge import Judge, Score, misses
 from edgepack.onnx.parts import Part, parts
 from edgepack.onnx.quantize import CALIBRATION_SAMPLES, Workshop, check_shapes
-from edgepack.onnx.recipes import Recipe, recipe_named
+from edgepack.onnx.recipes import DEFAULT_BUDGETS, Recipe, recipe_named
 from edgepack.onnx.rewrite import read_graph
 from edgepack.runtimes.onnxruntime import CPU, NO_SPINNING, Session
 from edgepack.worker import Progress
 
-# Where a profile says nothing. Embedders: the level below which published int8 encoders lose ranks; classifiers: the
-# stricter of MLPerf's two targets (99 % of the original's quality).
-DEFAULT_BUDGETS: Mapping[str, Mapping[str, float]] = MappingProxyType(
-    {
-        "cosine_mean": {"min": 0.995},
-        "cosine_p01": {"min": 0.98},
-        "label_agreement": {"min": 0.99},
-        "rank_agreement": {"min": 0.99},
-    }
-)
 JUDGED = 300  # samples a candidate is compared on: three beyond a 1 % quantile
 _PROBED = 32  # of them, for the error of one part: a mean over values, which needs fewer
 _RESERVE = 0.1  # a candidate has to be this much nearer to 1 than asked: other text will be a little harder
-_TOKENS = 64  # of the timed input; images are as large as they are
+TOKENS = 64  # of the timed input where nothing else is asked for; images are as large as they are
 _ROUNDS, _RUNS, _WARMUPS = 3, 15, 3
 
 
@@ -104,6 +94,7 @@ def choose(
     threads: int = 1,
     provider: str = CPU,
     pairs: bool = False,
+    tokens: int = TOKENS,
     progress: Progress,
 ) -> dict[str, Any]:
     """Choose a recipe, repair it where it misses, and write the winner.
@@ -115,18 +106,21 @@ def choose(
         task: What the graph does (`tasks.py`); it decides what is measured.
         recipes: Names of rows of `recipes.RECIPES`, the preferred ones first.
         budgets: Measurement name -> {"min" or "max": limit}: `cosine_mean`, `cosine_p01`, `neighbour_agreement`,
-            `label_agreement`, `rank_agreement`, `disk_mb`. Other names are other steps' business. Fidelity that is not
-            mentioned gets `DEFAULT_BUDGETS`.
-        text: Calibration text, or `.npy` of images; its beginning calibrates, what follows judges.
+            `label_agreement`, `rank_agreement`, `artifact_bytes`, `latency_ms_p50`. Other names are other steps'
+            business. Fidelity that is not mentioned gets `DEFAULT_BUDGETS`.
+        text: Calibration text, or `.npy` of images; some of it calibrates, the rest judges. None for a graph
+            that reads images: recipes that need calibration are left out, and synthetic images judge the others.
         arch: `x86_64` or `arm64`.
         threads: Of onnxruntime.
         provider: Execution provider the model is for. Candidates are judged on the CPU.
         pairs: The graph classifies two texts.
+        tokens: Of the timed input.
         progress: In steps; the total grows when a recipe has to be repaired.
 
     Returns:
-        `chosen` (recipe), `kept`, `finer`, `met` (whether all budgets hold), `missed` (those that don't), `candidates`,
-        `budgets`, `samples`, and the rest of what `quantize` returns of the winner.
+        What `quantize` returns of the winner, and `search`: `met` (whether all budgets hold), `missed` (those that
+        don't, with what was reached), `candidates` (chosen first, then the runner-up), `left_out` (recipe -> why),
+        `budgets`, `samples`, `judged_on`, `threads`, `tokens`.
 
     Raises:
         UsageError: Unknown recipe; data missing; a recipe that needs fixed shapes for a graph with free axes.
@@ -140,22 +134,36 @@ def choose(
     for row in rows:
         check_shapes(row, graph)
     images = any(port.name == "pixel_values" for port in graph.inputs)
-    if text is None and any(row.needs_calibration for row in rows):
-        if not images or all(row.needs_calibration for row in rows):
-            names = ", ".join(row.name for row in rows if row.needs_calibration)
-            raise UsageError(f"{names}: needs calibration data, and none was given", hint="Give it with --calibration.")
-        rows = [row for row in rows if not row.needs_calibration]  # judged on synthetic images, calibrated on none
+    left_out = {}
+    if text is None:  # of images there are synthetic ones to judge on; ranges are not taken from those
+        left_out = {row.name: "needs calibration data, and none was given" for row in rows if row.needs_calibration}
+        rows = [row for row in rows if not row.needs_calibration]
+        if left_out and (not images or not rows):
+            raise UsageError(
+                f"{', '.join(left_out)}: needs calibration data, and none was given",
+                hint="Name a text, or an .npy of preprocessed images, with --calibration.",
+            )
     count = CALIBRATION_SAMPLES + JUDGED
     samples = read_samples(text, Path(source), graph.inputs, count, task=task, pairs=pairs)
-    # A short text: an eighth calibrates.
-    cut = min(CALIBRATION_SAMPLES, max(1, len(samples) // 8))
-    feeds = [feed(sample, graph.inputs) for sample in samples[:cut]]
-    limits = {**{k: dict(v) for k, v in DEFAULT_BUDGETS.items()}, **{k: dict(v) for k, v in budgets.items()}}
-    with tempfile.TemporaryDirectory() as scratch:
+    calibrating, judging = _divided(samples)
+    feeds = [feed(sample, graph.inputs) for sample in calibrating]
+    limits = {name: {"min": least} for name, least in DEFAULT_BUDGETS.items()}
+    limits |= {name: dict(limit) for name, limit in budgets.items()}
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         workshop = Workshop(Path(model), graph, feeds, arch, provider, threads)
-        judge = Judge(Path(model) / MODEL, samples[cut:] or samples, task, threads, single=pairs)
-        search = _Search(workshop, judge, limits, Path(scratch), progress)
-        return search.run(rows, Path(folder)) | {"samples": len(judge.samples)}
+        judge = Judge(Path(model) / MODEL, judging, task, threads, single=pairs)
+        search = _Search(workshop, judge, limits, Path(scratch), tokens, progress, left_out)
+        return search.run(rows, Path(folder), "images" if images and text else "synthetic images" if images else "text")
+
+
+def _divided(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Samples to calibrate on, spread over the whole text (its beginning may be about one thing), and the others to
+    judge on. Of a short text an eighth calibrates.
+    """
+    count = min(CALIBRATION_SAMPLES, max(1, len(samples) // 8))
+    chosen = set(range(0, len(samples), max(1, len(samples) // count))[:count])
+    rest = [sample for place, sample in enumerate(samples) if place not in chosen]
+    return [samples[place] for place in sorted(chosen)], rest or list(samples)
 
 
 @dataclass
@@ -166,30 +174,37 @@ class _Search:
     judge: Judge
     limits: Mapping[str, Mapping[str, float]]
     scratch: Path
+    tokens: int
     progress: Progress
+    left_out: dict[str, str] = field(default_factory=dict)
     done: int = 0
     total: int = 0
 
-    def run(self, rows: Sequence[Recipe], folder: Path) -> dict[str, Any]:
+    def run(self, rows: Sequence[Recipe], folder: Path, judged_on: str) -> dict[str, Any]:
         """Try all recipes, repair what misses, pick the winner and move it to `folder`."""
         self.total = 2 * len(rows) + 1
         found: list[Candidate] = []
-        failures: list[StepError] = []
+        failures: list[EdgepackError] = []
         for row in rows:
             try:
                 found.append(self._make(row))
-            except StepError as error:  # one recipe that this graph can't take is no reason to take none
+            except (StepError, ConformanceError) as error:  # that one recipe fails is no reason to take none
                 failures.append(error)
+                self.left_out[row.name] = error.message
         if not found:
             raise failures[0]
-        for candidate in list(found):
-            self._step()
-            if self._worth_repairing(candidate, found):
-                found.append(self._repair(candidate))
         timed = self._time(found)
-        winner = self._winner(timed)
+        repaired = []
+        for candidate in sorted(timed, key=_cost):
+            self._step()
+            if self._worth_repairing(candidate, timed):
+                repaired.append(self._repair(candidate))
+        if repaired:
+            timed = self._time([*found, *repaired])
+        ranking = self._ranking(timed)
+        winner = ranking[0]
         for path in folder.iterdir():
-            if path.name in (MODEL, f"{MODEL}.data"):
+            if path.name in (MODEL, DATA):
                 path.unlink()
         for name in winner.made["files"]:
             shutil.move(winner.folder / name, folder / name)
@@ -197,12 +212,17 @@ class _Search:
         missed = misses(self._values(winner), self.limits)
         return {
             **winner.made,
-            "chosen": winner.row.name,
-            "met": not missed,
-            "missed": missed,
-            "candidates": [candidate.as_json() for candidate in timed],
-            "failed": [str(error) for error in failures],
-            "budgets": {name: dict(limit) for name, limit in self.limits.items()},
+            "search": {
+                "met": not missed,
+                "missed": missed,
+                "candidates": [candidate.as_json() for candidate in ranking],
+                "left_out": self.left_out,
+                "budgets": {name: dict(limit) for name, limit in self.limits.items() if name in self._values(winner)},
+                "samples": len(self.judge.samples),
+                "judged_on": judged_on,
+                "threads": self.workshop.threads,
+                "tokens": self.tokens,
+            },
         }
 
     def _step(self, more: int = 0) -> None:
@@ -218,34 +238,44 @@ class _Search:
         return Candidate(row, finer, keep, folder, made, self.judge.score(folder / MODEL))
 
     def _values(self, candidate: Candidate) -> dict[str, float]:
-        return {**candidate.score.values, "disk_mb": candidate.bytes / 1e6}
+        values = {**candidate.score.values, "artifact_bytes": float(candidate.bytes)}
+        return values | ({"latency_ms_p50": candidate.latency_ms} if candidate.latency_ms else {})
 
     def _holds(self, candidate: Candidate) -> bool:
         """Whether it meets the budgets, with something to spare."""
         return not misses(self._values(candidate), self.limits, reserve=_RESERVE)
 
+    def _keeps(self, candidate: Candidate) -> bool:
+        """Whether its fidelity is enough, with something to spare."""
+        return not misses(candidate.score.values, self.limits, reserve=_RESERVE)
+
     def _worth_repairing(self, candidate: Candidate, found: Sequence[Candidate]) -> bool:
-        """It misses, there is something to improve, and no better one of its method is there."""
-        if self._holds(candidate) or candidate.row.method in ("float", "half"):
+        """It misses, could win, and there is something to improve. Repairs cost: what is no cheaper than one that
+        holds, or no better than one of its own kind, stays as it is.
+        """
+        if self._keeps(candidate) or candidate.row.method in ("float", "half"):
             return False
-        alike = [other for other in found if other.row.method == candidate.row.method]
-        best = min(alike, key=lambda other: other.score.error)
-        return candidate is best
+        kind = candidate.row.method, candidate.row.weight_bits
+        alike = [other for other in found if (other.row.method, other.row.weight_bits) == kind]
+        cheapest = min((_cost(other) for other in found if self._holds(other)), default=float("inf"))
+        return candidate is min(alike, key=lambda other: other.score.error) and _cost(candidate) < cheapest
 
     def _repair(self, candidate: Candidate) -> Candidate:
-        """Improve parts until the budgets hold; the best that was reached if they never do."""
+        """Improve parts until fidelity is enough; the best that was reached if it never is."""
         row, best = candidate.row, candidate
         pieces = parts(self.workshop.graph, row)
         for what in ("finer", "keep") if row.has_finer else ("keep",):
             order = self._by_gain(best, pieces, what)
             reached = self._fewest(best, order, what)
-            if self._holds(reached):
+            if self._keeps(reached):
                 return reached
             best = min((best, reached), key=lambda one: one.score.error)
         return best
 
     def _by_gain(self, base: Candidate, pieces: Sequence[Part], what: str) -> list[Part]:
-        """Parts by the error each removes per unit of work, those that remove none left out."""
+        """Parts by the error each removes per unit of work. Those that remove none come last when the end is float32,
+        which is exact once all are there, and are left out otherwise.
+        """
         start = self.judge.error(base.folder / MODEL, _PROBED)
         gains: dict[Part, float] = {}
         self.total += len(pieces)
@@ -255,22 +285,22 @@ class _Search:
                 self.workshop.make(Path(folder), base.row, keep, finer, lambda done, total: None)
                 gains[piece] = start - self.judge.error(Path(folder) / MODEL, _PROBED)
             self._step()
-        helping = [piece for piece, gain in gains.items() if gain > 0]
+        helping = [piece for piece, gain in gains.items() if gain > 0 or what == "keep"]
         return sorted(helping, key=lambda piece: gains[piece] / piece.cost(what), reverse=True)
 
     def _fewest(self, base: Candidate, order: Sequence[Part], what: str) -> Candidate:
-        """The shortest beginning of `order` with which the budgets hold; all of it if none does."""
+        """The shortest beginning of `order` with which fidelity is enough; all of it if none is."""
         if not order:
             return base
         low, high = 0, len(order)
         best = self._make(base.row, *self._improved(base, order, what))
-        if not self._holds(best):
+        if not self._keeps(best):
             return best
         while high - low > 1:
             middle = (low + high) // 2
             self.total += 1
             candidate = self._make(base.row, *self._improved(base, order[:middle], what))
-            if self._holds(candidate):
+            if self._keeps(candidate):
                 high, best = middle, self._drop(best, candidate)
             else:
                 low = middle
@@ -292,7 +322,7 @@ class _Search:
 
     def _time(self, found: Sequence[Candidate]) -> list[Candidate]:
         """Median latency of each, in turns, so that a slow minute hits all. One model is open at a time."""
-        sample = self.judge.long_feed(_TOKENS)
+        sample = self.judge.long_feed(self.tokens)
         times: list[list[float]] = [[] for _ in found]
         for _ in range(_ROUNDS):
             for candidate, spent in zip(found, times, strict=True):
@@ -307,12 +337,21 @@ class _Search:
             for candidate, spent in zip(found, times, strict=True)
         ]
 
-    def _winner(self, found: Sequence[Candidate]) -> Candidate:
-        """Least bytes times milliseconds of those within budget; else the least error of those that fit the disk."""
-        for reserve in (_RESERVE, 0.0):
-            good = [one for one in found if not misses(self._values(one), self.limits, reserve=reserve)]
-            if good:
-                return min(good, key=lambda one: one.bytes * one.latency_ms)
-        disk = {name: limit for name, limit in self.limits.items() if name == "disk_mb"}
-        fitting = [one for one in found if not misses(self._values(one), disk)] or list(found)
-        return min(fitting, key=lambda one: one.score.error)
+    def _ranking(self, found: Sequence[Candidate]) -> list[Candidate]:
+        """Those that hold by least bytes times milliseconds, then those that just hold, then the others: by least error
+        those that fit the device, and then those that don't.
+        """
+        sizes = {name: limit for name, limit in self.limits.items() if name == "artifact_bytes"}
+
+        def place(one: Candidate) -> tuple[int, float]:
+            values = self._values(one)
+            if not misses(values, self.limits):
+                return (1 if misses(values, self.limits, reserve=_RESERVE) else 0), _cost(one)
+            return (3 if misses(values, sizes) else 2), one.score.error
+
+        return sorted(found, key=place)
+
+
+def _cost(candidate: Candidate) -> float:
+    """Bytes times milliseconds: half the size is worth twice the time."""
+    return candidate.bytes * candidate.latency_ms

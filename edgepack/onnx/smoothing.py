@@ -22,8 +22,10 @@ import numpy as np
 from edgepack.onnx.integers import Floats, by_output
 
 EXPONENTS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-_OUTPUTS = 384  # columns on which the error is computed: evenly spread, enough for a sum over all of them
-_ROWS = 1024  # tokens, likewise
+_OUTPUTS = 256  # columns on which the error is computed: evenly spread, enough for a sum over all of them
+_ROWS = 512  # tokens, likewise
+# Factors are rounded to eighths of an octave, so that another processor's last bits don't change the weights' bytes.
+_STEPS = 8
 _GAIN = 0.9  # factors must leave at most this part of the error: they cost a multiplication
 _LEAST = 1e-4  # of a channel's largest magnitude, relative to the largest of all
 
@@ -57,8 +59,8 @@ def choose_factor(samples: Sequence[Floats], weight: Floats, *, pair_safe: bool)
     samples = _some(samples[::2])
     rows = np.abs(weight).max(axis=1)
     columns = np.ascontiguousarray(weight[:, :: max(1, weight.shape[1] // _OUTPUTS)])
-    exact = [sample @ columns for sample in samples]
-    power = sum(float((one.astype(np.float64) ** 2).sum()) for one in exact) or 1.0
+    exact = np.concatenate(samples) @ columns
+    power = float(np.square(exact, dtype=np.float64).sum()) or 1.0
     plain = _error(samples, exact, columns, None, pair_safe) / power
     best = Smoothing(None, 0.0, plain, plain)
     if peaks.max() == 0 or rows.max() == 0:
@@ -71,11 +73,11 @@ def choose_factor(samples: Sequence[Floats], weight: Floats, *, pair_safe: bool)
 
 
 def _factor(peaks: Floats, rows: Floats, exponent: float) -> Floats:
-    """Factors with a geometric mean of 1."""
+    """Factors with a geometric mean of about 1."""
     peaks, rows = np.maximum(peaks, _LEAST * peaks.max()), np.maximum(rows, _LEAST * rows.max())
-    factor = peaks**exponent / rows ** (1 - exponent)
-    scaled: Floats = (factor / np.exp(np.log(factor).mean())).astype(np.float32)
-    return scaled
+    octaves = exponent * np.log2(peaks) - (1 - exponent) * np.log2(rows)
+    rounded: Floats = np.exp2(np.rint(_STEPS * (octaves - octaves.mean())) / _STEPS).astype(np.float32)
+    return rounded
 
 
 def _peaks(samples: Sequence[Floats]) -> Floats:
@@ -93,16 +95,11 @@ def dynamic_range(sample: Floats) -> Floats:
     return kept
 
 
-def _error(
-    samples: Sequence[Floats], exact: Sequence[Floats], weight: Floats, factor: Floats | None, pair_safe: bool
-) -> float:
+def _error(samples: Sequence[Floats], exact: Floats, weight: Floats, factor: Floats | None, pair_safe: bool) -> float:
+    """Sum of squared differences between the quantized product and the exact one."""
     integers, scale = by_output(weight if factor is None else weight * factor[:, None], pair_safe=pair_safe)
-    kept = integers * scale
-    total = 0.0
-    for sample, one in zip(samples, exact, strict=True):
-        found = dynamic_range(sample if factor is None else sample / factor) @ kept
-        total += float(((found - one).astype(np.float64) ** 2).sum())
-    return total
+    kept = [dynamic_range(sample if factor is None else sample / factor) for sample in samples]
+    return float(np.square(np.concatenate(kept) @ (integers * scale) - exact, dtype=np.float64).sum())
 
 
 def _some(samples: Sequence[Floats]) -> list[Floats]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from edgepack.calibrate.factor import inverse_factor
 from edgepack.errors import StepError
-from edgepack.onnx.column_feedback import inverse_factor, quantize_columns
+from edgepack.onnx.column_feedback import quantize_columns
 from edgepack.onnx.matmul_nbits import Format, quantize
 
 

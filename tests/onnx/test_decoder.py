@@ -83,7 +83,9 @@ def divergence(made: dict[str, Any], example: Path) -> dict[str, float]:
         with Decoder(made[name][0], context=512, threads=1) as package, ThreadPoolExecutor(1) as pool:
             for piece, reference in zip(pieces, expected, strict=True):
                 logits = package.logits(piece, 256, 511)
-                scores = score(logits, np.array(piece[257:512]), reference=reference, pool=pool)
+                scores = score(
+                    logits, np.array(piece[257:512]), reference=reference.copy(), pool=pool
+                )  # it is worked on in place
                 assert scores.kld is not None
                 values.append(float(scores.kld.mean()))
         found[name] = float(np.mean(values))

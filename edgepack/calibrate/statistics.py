@@ -2,7 +2,7 @@
 
 For a matrix W with inputs x and outputs y = W x, over the tokens of a text:
 
-    moments    E[x x^T]                  what column feedback weighs errors with (`column_feedback.py`)
+    moments    E[x x^T]                  what column feedback weighs errors with; its diagonal is the importance matrix
     gradients  E[(d nll / d y_n)^2]      how fast the divergence from the model grows with an error of output n
 
 The label of a position is drawn from the model's own prediction there, so the expected squared gradient is the diagonal
@@ -16,9 +16,8 @@ seeded; results are the same for the same torch, machine and number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,36 +29,17 @@ _SEED = 20260101
 MOMENTS_BYTES = 2 << 30  # of second moments held at a time; more matrices take more passes over the text
 
 
-def load_model(folder: Path) -> Any:
-    """The model in float32, without gradients of its weights."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
-    )
-    return model.eval().requires_grad_(False)
+def width(layer: Any) -> int:
+    """Inputs of a linear layer: torch keeps `[out, in]`, the Conv1D of GPT-2 `[in, out]`."""
+    return int(layer.weight.shape[1] if isinstance(layer, torch.nn.Linear) else layer.weight.shape[0])
 
 
-def linear_layers(model: Any, wanted: Collection[str]) -> dict[str, Any]:
-    """The linear layers whose weights are named, by that name; a tied weight has several, one of which is named."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    found = {}
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear):
-            found.update({name: layer for name in names.get(id(layer.weight), []) if name in wanted})
-    return found
-
-
-def groups(layers: dict[str, Any], limit: int = MOMENTS_BYTES) -> Iterator[dict[str, Any]]:
+def groups(layers: Mapping[str, Any], limit: int = MOMENTS_BYTES) -> Iterator[dict[str, Any]]:
     """Layers in portions whose second moments fit; the count of an input shared by layers is on the safe side."""
     part: dict[str, Any] = {}
     held = 0
     for name, layer in layers.items():
-        nbytes = 4 * layer.in_features**2
+        nbytes = 4 * width(layer) ** 2
         if part and held + nbytes > limit:
             yield part
             part, held = {}, 0
@@ -73,7 +53,7 @@ class Collector:
     """Statistics of a model over windows of tokens.
 
     Args:
-        model: From `load_model`.
+        model: A causal language model of transformers in float32.
         windows: Token ids, one row per window.
     """
 
@@ -82,16 +62,17 @@ class Collector:
         self._tokens = self._windows.numel()
 
     def gradients(
-        self, layers: dict[str, Any], progress: Progress = no_progress
+        self, layers: Mapping[str, Any], progress: Progress = no_progress
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Mean squared gradients of the outputs of layers, and of the embedding's output.
+        """Mean squared gradients of the outputs of layers, and of the rows looked up in the embedding.
 
         Raises:
             InputRefused: It gives NaN or infinite logits, because such weights are in it.
             StepError: It gives them with finite weights.
         """
-        sums = {name: torch.zeros(layer.out_features) for name, layer in layers.items()}
-        embedding = torch.zeros(self._model.get_input_embeddings().embedding_dim)
+        sums = {name: torch.zeros(layer.weight.numel() // width(layer)) for name, layer in layers.items()}
+        table = self._model.get_input_embeddings()
+        embedding = torch.zeros(table.embedding_dim)
         generator = torch.Generator().manual_seed(_SEED)
 
         def watch(name: str) -> Any:
@@ -102,14 +83,15 @@ class Collector:
 
         with _hooks({name: (layer, watch(name)) for name, layer in layers.items()}):
             for done, ids in enumerate(self._windows, 1):
-                inputs = self._model.get_input_embeddings()(ids[None]).requires_grad_(True)
+                inputs = table(ids[None]).requires_grad_(True)
+                scale = float(inputs.detach().norm() / table.weight[ids].norm())  # Gemma's module multiplies the rows
                 with torch.enable_grad():
                     logs = torch.log_softmax(self._model(inputs_embeds=inputs, use_cache=False).logits[0], dim=-1)
                     if not torch.isfinite(logs).all():
                         raise self._not_finite()
                     labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
                     (gradient,) = torch.autograd.grad(-logs.gather(1, labels).sum(), inputs)
-                embedding += gradient[0].square().sum(0)
+                embedding += (scale * gradient[0]).square().sum(0)
                 progress(done, len(self._windows))
         return {name: total / self._tokens for name, total in sums.items()}, embedding / self._tokens
 
@@ -123,7 +105,7 @@ class Collector:
                 )
         return StepError("calibration: the model gives NaN or infinite logits on the calibration text")
 
-    def moments(self, layers: dict[str, Any], progress: Progress = no_progress) -> dict[str, torch.Tensor]:
+    def moments(self, layers: Mapping[str, Any], progress: Progress = no_progress) -> dict[str, torch.Tensor]:
         """Second moments of the inputs of layers; layers that are given the same tensor share one."""
         found: dict[str, torch.Tensor] = {}
         last: list[Any] = [None, None]  # the input seen last, and its moments
