@@ -6,7 +6,7 @@ orders the steps, judges and packages; a backend knows how its format is made, l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +29,8 @@ class Described:
         context: Tokens it will be run with.
         embedding: True for a model that gives vectors or labels, not a next token.
         model: The backend's own description, handed back to `candidate`.
+        defaults: Budgets, as `table.key=value`, for what the profile says nothing of.
+        notes: What a user should know before anything is built, whatever is chosen.
     """
 
     architecture: str
@@ -36,15 +38,25 @@ class Described:
     context: int
     embedding: bool
     model: Any = field(default=None, repr=False, compare=False)
+    defaults: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One quantization with its prediction and the budgets it would miss (filled in by the plan)."""
+    """One quantization with its prediction and the budgets it would miss (filled in by the plan).
+
+    Args:
+        quantize: Its name.
+        prediction: What it is expected to cost on the target.
+        misses: Budgets the prediction misses.
+        note: What a user should know before it is built: work that takes long.
+    """
 
     quantize: str
     prediction: Prediction
     misses: tuple[Any, ...] = ()
+    note: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The candidate as it stands in `plan.json`."""
@@ -52,6 +64,7 @@ class Candidate:
             "quantize": self.quantize,
             **self.prediction.as_json(),
             "misses": [{"budget": m.budget, "predicted": round(m.predicted, 1), "limit": m.limit} for m in self.misses],
+            **({"note": self.note} if self.note else {}),
         }
 
 
@@ -66,6 +79,11 @@ class Backend(Protocol):
 
     def candidate(self, described: Described, source: Source, target: Target, quantize: str) -> Candidate:
         """One quantization and its predicted cost; UsageError for an unknown name."""
+
+    def filling(
+        self, described: Described, source: Source, target: Target, fits: Callable[[Candidate], bool]
+    ) -> tuple[Candidate | None, str | None]:
+        """A candidate that fills the budgets better than any of `names`, and a word on why there is none."""
 
     def export(self, shop: Workshop, source: Source, plan: Plan, stem: str) -> Exported:
         """Write the artifact."""
@@ -92,7 +110,7 @@ class Backend(Protocol):
     def latency(self, shop: Workshop, target: Target, artifact: Path, digest: str, context: int) -> dict[str, Any]:
         """Rows of speed and memory on this machine."""
 
-    def runtime(self, plan: Plan) -> dict[str, Any]:
+    def runtime(self, plan: Plan, exported: Exported) -> dict[str, Any]:
         """Load options for `runtime.json`."""
 
     def tokenizer(self, source: Source, exported: Exported) -> Mapping[str, bytes]:

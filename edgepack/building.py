@@ -43,7 +43,7 @@ class Build:
         self.text = text
         self.listener = listener
         threads = plan.target.runtime.threads if plan.target.device.is_this_machine else 0
-        self.shop = Workshop(Store(), listener, threads or physical_cores())
+        self.shop = Workshop(Store(), listener, threads or physical_cores(), evaluation=text)
         self.backend = load_backend(plan.format)
 
     def run(self, output: Path, *, force: bool) -> Package:
@@ -76,7 +76,7 @@ class Build:
         found = self.backend.fidelity(
             self.shop, self.source, plan.target, exported.path, exported.digest, self.text, parameters=plan.parameters
         )
-        return {name: found[name] for name in ("rows", "logits", "reference", "machine") if name in found}
+        return {name: found[name] for name in ("rows", "logits", "reference", "machine", "details") if name in found}
 
     def _time(self, exported: Exported, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The rows with those of speed and memory added, if this machine is the target; nothing runs beside it."""
@@ -129,13 +129,15 @@ class Build:
                 source=self.source,
                 recipe=self._recipe(exported),
                 toolchain=versions() | self.backend.toolchain(exported),
-                runtime=self.backend.runtime(plan),
+                runtime=self.backend.runtime(plan, exported),
                 measurements=rows,
                 measured_on=evidence.get("machine") or machine_facts(),
                 plan=plan.as_json(),
                 artifact=place,
                 tokenizer=self.backend.tokenizer(self.source, exported),
                 samples=samples,
+                details=evidence.get("details"),
+                pictures=self._pictures(exported, rows),
                 conformance={name: evidence[name] for name in CONFORMANCE if name in evidence},
                 licences=licence_texts(self.source.path),
                 known_sha256={f"model/{name}": entry.files[name].sha256 for name in exported.files},
@@ -145,6 +147,31 @@ class Build:
         self.shop.store.settle(entry)
         source_index.remember(self.shop.store, self.source)
         return read_package(published)
+
+    def _pictures(self, exported: Exported, rows: list[Measurement]) -> dict[str, Any]:
+        """The artifact beside the best preset of its size, where types were allocated."""
+        allocation = exported.report.get("allocation")
+        if not allocation:
+            return {}
+        kld = next((row for row in rows if row.name == "mean_kld"), None)
+        chosen = {
+            "label": self.plan.quantize,
+            "kind": "allocated",
+            "bytes": exported.size,
+            "bits_per_weight": exported.report["bits_per_weight"],
+            "mean_kld": kld.value if kld else None,
+            "ci95": list(kld.ci95) if kld and kld.ci95 else None,
+            "predicted_kld": allocation["predicted_kld"],
+            "chosen": True,
+        }
+        runner_up = allocation.get("runner_up")
+        preset = runner_up and {
+            "label": runner_up["quantize"],
+            "kind": "preset",
+            "bytes": runner_up["artifact_bytes"],
+            "predicted_kld": runner_up["predicted_kld"],
+        }
+        return {"points": [point for point in (chosen, preset) if point]}
 
     def _recipe(self, exported: Exported) -> dict[str, Any]:
         """Every option that shaped the artifact, with what came of it for each tensor."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from edgepack.files import discard, remove
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _BAD = re.compile(r"[0-9a-f]{64}\.[0-9a-f]{8}")
+JOURNALS = "journals"
+_JOURNAL_SECONDS = 7 * 24 * 3600  # a step that was not taken up again by then will not be
 _TEMPORARY = re.compile(r"\w+\.\d+\.[0-9a-f]{12}")
 
 
@@ -62,6 +65,9 @@ def clean(root: Path, keep_bytes: int, take_away: Callable[[Path], None]) -> Non
     for folder in _matching(root / "bad", _BAD):
         remove(folder)
     remove_abandoned(root / "tmp")
+    for folder in _matching(root / JOURNALS, _KEY) if (root / JOURNALS).is_dir() else ():
+        if time.time() - _newest(folder) > _JOURNAL_SECONDS:
+            discard(folder)
     sizes = {folder: tree_bytes(folder) for folder in sorted(_matching(root / "done", _KEY), key=_last_used)}
     left = sum(sizes.values())
     for folder, size in sizes.items():
@@ -113,6 +119,14 @@ def tree_bytes(path: Path) -> int:
 
 def _matching(folder: Path, names: re.Pattern[str]) -> list[Path]:
     return [path for path in folder.iterdir() if names.fullmatch(path.name)]
+
+
+def _newest(folder: Path) -> float:
+    """When anything in a folder was last written; now, if it went meanwhile."""
+    try:
+        return max(path.lstat().st_mtime for path in (folder, *folder.iterdir()))
+    except OSError:
+        return time.time()
 
 
 def _last_used(folder: Path) -> float:

@@ -44,11 +44,15 @@ _set = click.option(
 )
 _format = click.option("--format", type=click.Choice(["gguf", "onnx"]), help="Instead of the profile's choice.")
 _quantize = click.option("--quantize", metavar="NAME", help="A preset such as Q4_K_M, instead of the best that fits.")
+_size = click.option("--size", metavar="SIZE", help="The best file of a size: 2.0GB, 600MiB, or plain bytes.")
+_bpw = click.option("--bpw", type=click.FloatRange(min=0, min_open=True), help="The same, in bits per weight: 4.5.")
 _calibration = click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Text (ONNX), or an importance matrix of llama-imatrix (GGUF).",
+    metavar="FILE|FOLDER|hub:NAME",
+    help="Text to calibrate on, or an importance matrix of llama-imatrix.  [default: the text that ships]",
+)
+_refine = click.option(
+    "--refine", metavar="TOKENS", help="Then train the file's codes towards the source: 200k, 2M tokens (GGUF)."
 )
 _evaluation = click.option(
     "--evaluation", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure fidelity on."
@@ -83,8 +87,11 @@ def cli() -> None:
 )
 @_format
 @_quantize
+@_size
+@_bpw
 @_set
 @_calibration
+@_refine
 @_evaluation
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
@@ -97,8 +104,11 @@ def build(
     output: Path | None,
     format: str | None,
     quantize: str | None,
+    size: str | None,
+    bpw: float | None,
     overrides: tuple[str, ...],
-    calibration: Path | None,
+    calibration: str | None,
+    refine: str | None,
     evaluation: Path | None,
     dry_run: bool,
     force: bool,
@@ -116,7 +126,7 @@ def build(
     """
     from edgepack import pipeline, render
 
-    overrides = _with_calibration(overrides, calibration)
+    overrides, quantize = _with_text(overrides, calibration, refine), _sized(quantize, size, bpw)
     if dry_run:
         plan = pipeline.plan(model, target, format=format, quantize=quantize, overrides=overrides)
         _show_plan(plan.as_json(), as_json)
@@ -139,16 +149,22 @@ def build(
 @_target
 @_format
 @_quantize
+@_size
+@_bpw
 @_set
 @_calibration
+@_refine
 @_json
 def plan(
     model: str,
     target: str,
     format: str | None,
     quantize: str | None,
+    size: str | None,
+    bpw: float | None,
     overrides: tuple[str, ...],
-    calibration: Path | None,
+    calibration: str | None,
+    refine: str | None,
     as_json: bool,
 ) -> None:
     """Say what build would do: size, memory and speed, before any work.
@@ -159,7 +175,11 @@ def plan(
     from edgepack import pipeline
 
     made = pipeline.plan(
-        model, target, format=format, quantize=quantize, overrides=_with_calibration(overrides, calibration)
+        model,
+        target,
+        format=format,
+        quantize=_sized(quantize, size, bpw),
+        overrides=_with_text(overrides, calibration, refine),
     )
     _show_plan(made.as_json(), as_json)
 
@@ -218,7 +238,9 @@ def verify(package: Path, as_json: bool) -> None:
 
     result = check(package)
     if as_json:
-        console.emit_json({"package": package.name, "whole": not result.problems, "problems": list(result.problems)})
+        document = {"package": package.name, "whole": not result.problems, "problems": list(result.problems)}
+        error = result.error()
+        console.emit_json(document | ({} if error is None else {"error": error.as_json()}))
     elif result.problems:
         for problem in result.problems:
             console.emit_note(f"edgepack: {console.one_line(problem)}")
@@ -232,7 +254,7 @@ def verify(package: Path, as_json: bool) -> None:
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @_json
 def inspect(path: Path, tensors: bool, as_json: bool) -> None:
-    """Say what is in PATH: a checkpoint folder, a GGUF file or a package.
+    """Say what is in PATH: a checkpoint folder, a GGUF or ONNX file, or a package.
 
     \b
       edgepack inspect model.gguf
@@ -282,6 +304,97 @@ def compare(
         console.emit_json(result)
     else:
         render.show_comparison(result)
+
+
+@cli.command(epilog=DOCS)
+@click.argument("model")
+@_target
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where frontier.json and report.html go; must not exist.  [default: <name>-<target>-frontier]",
+)
+@click.option("--sizes", metavar="SIZE,...", help="For example 3bpw,4bpw,20MB.  [default: seven from 2.75 to 6.5 bpw]")
+@click.option("--presets", metavar="NAME,...", help="Presets to measure beside them; none for none.  [default: five]")
+@_set
+@_calibration
+@_evaluation
+@_json
+@_quiet
+@_verbose
+def frontier(
+    model: str,
+    target: str,
+    output: Path | None,
+    sizes: str | None,
+    presets: str | None,
+    overrides: tuple[str, ...],
+    calibration: str | None,
+    evaluation: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Draw the curve MODEL can be bought at: size against divergence, calibrated beside presets.
+
+    \b
+      edgepack frontier ./my-model -t laptop
+
+    Every point is written and measured; nothing is kept but the numbers and a report to look at.
+    """
+    from edgepack import pipeline, render
+
+    with _steps(quiet, verbose) as listener:
+        folder, document = pipeline.frontier(
+            model, target, output, sizes=_listed(sizes), presets=None if presets is None else _listed(presets),
+            overrides=_with_calibration(overrides, calibration), evaluation=evaluation, listener=listener,
+        )  # fmt: skip
+    if as_json:
+        console.emit_json(document)
+    else:
+        render.show_frontier(document, folder)
+
+
+@cli.command(epilog=DOCS)
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="What to write.")
+@click.option("--windows", type=click.IntRange(min=2), help="Windows of 512 tokens.  [default: by the model's size]")
+@_calibration
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@_json
+@_quiet
+@_verbose
+def imatrix(
+    model: str,
+    output: Path,
+    windows: int | None,
+    calibration: str | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Gather MODEL's importance matrix: a file that llama-quantize reads too.
+
+    \b
+      edgepack imatrix ./my-model -o imatrix.gguf
+    """
+    from edgepack import pipeline
+
+    overrides = _with_calibration((), calibration)
+    overrides += (f"quantize.calibration_windows={windows}",) if windows else ()
+    with _steps(quiet, verbose) as listener:
+        written = pipeline.imatrix(model, output, overrides=overrides, force=force, listener=listener)
+    if as_json:
+        console.emit_json({"imatrix": str(written)})
+    else:
+        console.emit_text(f"imatrix: {written}")
+
+
+def _listed(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip() and part.strip() != "none"]
 
 
 @cli.group(epilog=DOCS)
@@ -433,15 +546,36 @@ def _steps(quiet: bool, verbose: bool) -> Iterator[Listener]:
         printer.close()
 
 
-def _with_calibration(overrides: tuple[str, ...], calibration: Path | None) -> tuple[str, ...]:
+def _with_calibration(overrides: tuple[str, ...], calibration: str | None) -> tuple[str, ...]:
     """`--calibration` as an override: an importance matrix (GGUF) or a text, told apart by the first bytes."""
     if calibration is None:
         return overrides
-    if not calibration.is_file():
-        raise UsageError(f"--calibration: {calibration} is not a file", hint="Name a text, or a file of llama-imatrix.")
-    with calibration.open("rb") as file:
+    path = Path(calibration)
+    if not path.is_file():
+        return (*overrides, f"quantize.calibration={calibration}")
+    with path.open("rb") as file:
         name = "imatrix" if file.read(4) == b"GGUF" else "calibration"
     return (*overrides, f"quantize.{name}={calibration}")
+
+
+def _with_text(overrides: tuple[str, ...], calibration: str | None, refine: str | None) -> tuple[str, ...]:
+    """`--calibration` and `--refine` as overrides."""
+    from edgepack.heal.budget import parse_tokens
+
+    overrides = _with_calibration(overrides, calibration)
+    return overrides if refine is None else (*overrides, f"quantize.refine={parse_tokens(refine, '--refine')}")
+
+
+def _sized(quantize: str | None, size: str | None, bpw: float | None) -> str | None:
+    """`--size` and `--bpw` are other ways to say what to quantize to."""
+    given = [name for name, value in (("--quantize", quantize), ("--size", size), ("--bpw", bpw)) if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{given[0]} and {given[1]} say different things of one file", hint="Give one of them.")
+    if bpw is not None:
+        return f"{bpw:g}bpw"
+    if size is not None and size.lower().endswith("bpw"):
+        raise UsageError(f"--size {size}: expected bytes, such as 2.0GB", hint=f"--bpw {size[:-3]}")
+    return f"{size}B" if size is not None and size.strip().isdigit() else size or quantize
 
 
 def _show_plan(document: dict[str, Any], as_json: bool) -> None:

@@ -208,6 +208,95 @@ def compare(
     )
 
 
+def frontier(
+    model: str | Path,
+    target: str | Target,
+    output: str | Path | None = None,
+    *,
+    sizes: Sequence[str] = (),
+    presets: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+    evaluation: str | Path | None = None,
+    listener: Listener = silent,
+) -> tuple[Path, dict[str, Any]]:
+    """Measure files of several sizes of one model, and presets beside them; see `edgepack.frontier`.
+
+    Args:
+        model: Hugging Face folder or hub id.
+        target: Built-in profile name, path of a `.toml`, or a loaded target.
+        output: Folder for frontier.json and report.html; None makes `<name>-<target>-frontier` here.
+        sizes: `4.5bpw`, `20MB`, ...; none takes a spread of seven.
+        presets: Names; None takes five, an empty list none.
+        overrides: `key=value` pairs as on the command line.
+        evaluation: UTF-8 text to measure on; None takes the text that ships with edgepack.
+        listener: Told about steps and progress.
+
+    Returns:
+        The folder, and the document of frontier.json.
+
+    Raises:
+        UsageError: `output` exists, or the model can't be calibrated.
+        BudgetError: A size is smaller than the model can be.
+        StepError: A step failed; finished ones are kept in the store.
+    """
+    from edgepack import frontier as curve
+    from edgepack.publish import check_output, publish
+
+    resolved = _target(target, overrides)
+    text = _evaluation_text(evaluation)
+    if output is not None:
+        check_output(Path(output), force=False)
+    source = _resolve(model, listener)
+    destination = Path(output) if output is not None else Path(f"{source.name}-{resolved.name}-frontier")
+    check_output(destination, force=False)
+    chosen = curve.PRESETS if presets is None else presets
+    document = curve.measure(_hash(source, listener), resolved, text, sizes=sizes, presets=chosen, listener=listener)
+    return publish(lambda folder: curve.write(folder, document), destination), document
+
+
+def imatrix(
+    model: str | Path,
+    output: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    listener: Listener = silent,
+) -> Path:
+    """Gather an importance matrix and write it as llama-imatrix does.
+
+    Args:
+        model: Hugging Face folder or hub id of a language model.
+        output: The file.
+        overrides: `quantize.calibration=...` and `quantize.calibration_windows=...`.
+        force: Replace `output` if it exists.
+        listener: Told about steps and progress.
+
+    Returns:
+        The absolute path of `output`.
+
+    Raises:
+        UsageError: `output` exists and `force` is not set, or the model can't be calibrated.
+        InputRefused: The model or the text was refused.
+        StepError: The model can't be run.
+    """
+    from edgepack.files import write_atomic
+    from edgepack.gguf import calibrated
+    from edgepack.gguf.model import describe
+    from edgepack.store import Store
+    from edgepack.workshop import Workshop, physical_cores
+
+    destination = Path(output).absolute()
+    if destination.exists() and not force:
+        raise UsageError(f"{destination} exists", hint="Choose another name, or replace it with --force.")
+    target = _target("laptop", overrides)  # of the profile only the calibration keys are read
+    source = _hash(_resolve(model, listener), listener)
+    if reason := calibrated.obstacle(describe(source.path), source, target):
+        raise UsageError(f"{source.name} can't be calibrated: {reason}", hint="llama-imatrix takes a GGUF.")
+    entry = calibrated.calibrate(Workshop(Store(), listener, physical_cores()), source, target)
+    write_atomic(destination, (entry.path / "imatrix.gguf").read_bytes())
+    return destination
+
+
 def exit_status(package: Package) -> int:
     """0 when the package is within budget, 3 when it is not, as the contract of `build` says."""
     require = bool(package.manifest.get("require_on_device", False))
@@ -255,7 +344,8 @@ def _evaluation_text(evaluation: str | Path | None) -> Path:
 
 def _plan_in_words(made: Plan) -> str:
     prediction = made.prediction
-    size = f"{prediction.artifact_bytes / 1e6:,.1f} MB, about {prediction.ram_mb:,.0f} MB of memory"
+    about = "" if prediction.exact else "about "
+    size = f"{about}{prediction.artifact_bytes / 1e6:,.1f} MB, about {prediction.ram_mb:,.0f} MB of memory"
     words = f"{made.quantize} ({made.chosen_by}), {size}"
     misses = "; ".join(miss.sentence() for miss in made.chosen.misses)
     return words + (f"; will miss: {misses}" if misses else "")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from edgepack.backend import Backend, Candidate, Described
-from edgepack.errors import BudgetError
+from edgepack.errors import BudgetError, UsageError
 from edgepack.plugins import load
 from edgepack.predict import MB, Prediction
 
@@ -66,6 +66,7 @@ class Plan:
         context: Tokens the key-value cache is sized for.
         embedding: True for a model that gives vectors or labels.
         steps: Names of the steps, in order.
+        notes: What a user should know before it is built.
     """
 
     source: Source
@@ -79,6 +80,7 @@ class Plan:
     context: int
     embedding: bool
     steps: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def quantize(self) -> str:
@@ -106,6 +108,7 @@ class Plan:
             "feasible": not self.chosen.misses,
             "prediction": self.prediction.as_json(),
             "steps": list(self.steps),
+            "notes": list(self.notes),
             "candidates": [candidate.as_json() for candidate in self.candidates],
         }
 
@@ -128,20 +131,36 @@ def make_plan(source: Source, target: Target, *, format: str | None = None, quan
         UsageError: An unknown preset or format.
     """
     chosen_format = format or (target.format.encoder if is_encoder(source) else target.format.decoder)
+    from edgepack.targets import with_overrides
+
+    if target.quantize.refine and chosen_format != "gguf":
+        raise UsageError(
+            f"--refine trains the codes of a GGUF, and this model becomes {chosen_format}",
+            hint="Leave --refine out, or add --format gguf.",
+        )
     backend = load_backend(chosen_format)
     described = backend.describe(source, target)
+    target = with_overrides(target, described.defaults)
     asked = quantize or (None if target.quantize.default == "auto" else target.quantize.default)
     names = backend.names(described, target) if asked is None else (asked,)
     candidates = [_checked(backend.candidate(described, source, target, name), target) for name in names]
     feasible = [candidate for candidate in candidates if not candidate.misses]
+    notes: tuple[str, ...] = ()
+    if asked is None and feasible[:1] != candidates[:1]:
+        filling, why_not = backend.filling(described, source, target, lambda found: not _checked(found, target).misses)
+        if filling is not None:
+            filling = _checked(filling, target)
+            candidates, feasible = [filling, *candidates], [filling]
+        notes = (why_not,) if why_not else ()
     if asked is None and not feasible:
         raise _nothing_fits(described, target, candidates)
+    chosen = candidates[0] if asked else feasible[0]
     chosen_by: ChosenBy = "budgets" if asked is None else ("command line" if quantize else "profile")
     return Plan(
         source=source,
         target=target,
         format=chosen_format,
-        chosen=candidates[0] if asked else feasible[0],
+        chosen=chosen,
         chosen_by=chosen_by,
         candidates=tuple(candidates),
         architecture=described.architecture,
@@ -149,6 +168,7 @@ def make_plan(source: Source, target: Target, *, format: str | None = None, quan
         context=described.context,
         embedding=described.embedding,
         steps=_steps(target),
+        notes=notes + ((chosen.note,) if chosen.note else ()) + described.notes,
     )
 
 
@@ -174,10 +194,10 @@ def is_encoder(source: Source) -> bool:
 
 
 def _checked(candidate: Candidate, target: Target) -> Candidate:
-    return replace(candidate, misses=tuple(_misses(candidate.prediction, target.limits())))
+    return replace(candidate, misses=tuple(misses(candidate.prediction, target.limits())))
 
 
-def _misses(prediction: Prediction, limits: Mapping[str, Mapping[str, float]]) -> list[Miss]:
+def misses(prediction: Prediction, limits: Mapping[str, Mapping[str, float]]) -> list[Miss]:
     """Budgets the prediction misses. Speed is a range: only a budget beyond its best end is a miss."""
     best_speed = prediction.decode_range[1] if prediction.decode_range else None
     predicted = {
@@ -243,4 +263,5 @@ def _steps(target: Target) -> tuple[str, ...]:
         "fidelity": target.measure.fidelity,
         "latency": target.measure.latency and target.device.is_this_machine,
     }
-    return ("export", "conform", "samples", *(name for name, wanted in measured.items() if wanted), "package")
+    refine = ("refine",) if target.quantize.refine else ()
+    return ("export", *refine, "conform", "samples", *(name for name, wanted in measured.items() if wanted), "package")

@@ -12,6 +12,8 @@ from edgepack import console
 from edgepack.measurement import Measurement
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from edgepack.doctor import Report
     from edgepack.package import Package
     from edgepack.pipeline import Validation
@@ -30,7 +32,37 @@ def show_plan(document: Mapping[str, Any]) -> None:
     console.emit_text(f"quantize {document['quantize']} (chosen by: {document['chosen_by']}): {verdict}\n")
     rows = [_candidate_row(candidate, document["quantize"]) for candidate in document["candidates"]]
     console.emit_table(("quantize", "file MB", "bits/weight", "memory MB", "of it cache", "tokens/s", "misses"), rows)
-    console.emit_text("\nFile size is exact; memory and speed are estimates. Steps: " + " -> ".join(document["steps"]))
+    chosen = next(candidate for candidate in document["candidates"] if candidate["quantize"] == document["quantize"])
+    if chosen.get("build_mb") is not None:
+        console.emit_text(f"\nMaking {document['quantize']} takes about {chosen['build_mb']:,.0f} MB of memory here.")
+    exact = (
+        "File size is exact; memory and speed" if chosen.get("artifact_bytes_exact", True) else "File size and memory"
+    )
+    console.emit_text(f"\n{exact} are estimates. Steps: " + " -> ".join(document["steps"]))
+    for note in document.get("notes", ()):
+        console.emit_text(f"{note[:1].upper()}{note[1:]}.")
+
+
+def show_frontier(document: Mapping[str, Any], folder: Path) -> None:
+    """Print the points by size, and where the picture is."""
+    rows = [
+        (
+            point["label"],
+            "calibrated" if point["kind"] == "allocated" else "preset",
+            f"{point['bytes'] / 1e6:,.2f}",
+            f"{point['bits_per_weight']:.2f}",
+            f"{point['mean_kld']:.4g}" if point["mean_kld"] is not None else "-",
+            f"{point['ci95'][0]:.4g} to {point['ci95'][1]:.4g}" if point["ci95"] else "-",
+            f"{point['predicted_kld']:.4g}" if point["predicted_kld"] is not None else "-",
+            f"{point['perplexity']:.3f}" if point["perplexity"] is not None else "-",
+        )
+        for point in sorted(document["points"], key=lambda point: point["bytes"])
+    ]
+    console.emit_text(
+        f"{document['model']} on {document['target']}, {document['windows']} windows of evaluation text\n"
+    )
+    console.emit_table(("file", "types", "MB", "bits/weight", "KLD", "95 %", "predicted", "perplexity"), rows)
+    console.emit_text(f"\nA picture of it: {folder / 'report.html'}")
 
 
 def _candidate_row(candidate: Mapping[str, Any], chosen: str) -> tuple[str, ...]:
@@ -38,7 +70,7 @@ def _candidate_row(candidate: Mapping[str, Any], chosen: str) -> tuple[str, ...]
     misses = ", ".join(miss["budget"] for miss in candidate["misses"])
     return (
         candidate["quantize"] + ("  <-" if candidate["quantize"] == chosen else ""),
-        f"{candidate['artifact_bytes'] / 1e6:,.1f}",
+        ("" if candidate.get("artifact_bytes_exact", True) else "about ") + f"{candidate['artifact_bytes'] / 1e6:,.1f}",
         f"{candidate['bits_per_weight']:.2f}",
         f"{candidate['ram_mb']:,.0f}",
         f"{candidate['kv_mb']:,.0f}",
@@ -168,12 +200,24 @@ def show_comparison(result: Mapping[str, Any]) -> None:
     """Print two artifacts side by side."""
     names = [result["a"]["name"], result["b"]["name"]]
     rows = [
-        (row["name"], *(_cell(row.get(side), row.get("unit", "")) for side in ("a", "b")), _cell(row.get("ratio"), "1"))
+        (
+            row["name"],
+            *(_cell(row.get(side), row.get("unit", "")) for side in ("a", "b")),
+            _cell(row.get("ratio"), "1"),
+            _difference(row.get("difference")),
+        )
         for row in result["rows"]
     ]
-    console.emit_table(("measurement", f"A: {names[0]}", f"B: {names[1]}", "B / A"), rows)
+    console.emit_table(("measurement", f"A: {names[0]}", f"B: {names[1]}", "B / A", "B - A (95 %, paired)"), rows)
     for note in result.get("notes", []):
         console.emit_text(note)
+
+
+def _difference(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return ""
+    interval = found.get("ci95")
+    return f"{found['value']:.3g}" + (f" ({interval[0]:.3g} to {interval[1]:.3g})" if interval else "")
 
 
 def _cell(value: Any, unit: str) -> str:

@@ -4,6 +4,7 @@
     <root>/tmp/<what>.<random>/   work in progress; its folder is locked by its maker, so that a dead one's can be told
     <root>/released/<key>.json    where large files of an entry went
     <root>/bad/<key>.<random>/    entries found damaged, kept for a look
+    <root>/journals/<key>/        what long steps go on from after they were killed
     <root>/locks/<key>            so that two builds do not do the same work
 
 The key is the SHA-256 of a step's name and inputs; the caller MUST put in everything that changes the result: options,
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepack import locks
-from edgepack.cleaning import clean, remove_abandoned, temporary, tree_bytes
+from edgepack.cleaning import JOURNALS, clean, remove_abandoned, temporary, tree_bytes
 from edgepack.entries import MANIFEST, Damaged, FileRecord, Released, key_of, read, seal
 from edgepack.errors import StorageError
 from edgepack.files import (
@@ -140,6 +141,23 @@ class Store:
                 if is_storage_error(error):
                     raise storage_error(error, folder) from error
                 raise
+
+    @contextlib.contextmanager
+    def journal(self, name: str, inputs: Mapping[str, Any]) -> Iterator[Path]:
+        """A folder that outlives a killed `make` of the same step: what a long one notes down to go on from.
+
+        Removed when the block ends well; kept when it fails or dies, until it ends well or `gc` finds it a week old.
+        To be used inside of `make`, whose lock keeps others away.
+
+        Raises:
+            StorageError: It can't be made.
+        """
+        folder = self.root / JOURNALS / key_of(name, inputs)
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        with storage_errors(folder):
+            discard(folder)
 
     def release(self, entry: Entry, file: str, destination: Path) -> None:
         """Put a file of an entry at `destination`, without writing a large one twice.

@@ -13,6 +13,8 @@ from edgepack.target_keys import PRESETS, TABLES, TOP, TYPES
 from edgepack.toml_schema import Key, Problems, Table, keys_of, nearest, printable, required_keys, show, show_name
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+# A size in place of a preset, as edgepack/gguf/size.py reads it; tests hold the two together.
+_SIZE = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?[ \t]*(bpw|[KMG]?B|[KMG]iB)", re.IGNORECASE | re.ASCII)
 _PATTERN_MOST = 256  # characters of a tensor name pattern; names have at most 64 (GGML_MAX_NAME, ggml.h)
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
@@ -152,10 +154,12 @@ def _check_together(tables: dict[str, dict[str, Any]], problems: Problems) -> No
     if device.get("app_ram_mb", 0) > device.get("ram_mb", float("inf")):
         problems.add(f"[device] app_ram_mb = {device['app_ram_mb']} is more than ram_mb = {device['ram_mb']}")
     default = quantize.get("default", "auto")
-    if default != "auto" and default not in PRESETS:
+    if default != "auto" and default not in PRESETS and not _SIZE.fullmatch(default):
         near = nearest(default, ["auto", *PRESETS])
         advice = f"; did you mean {near!r}?" if near else ""
-        problems.add(f"[quantize] default = {show(default)}: expected 'auto' or a preset{advice}")
+        problems.add(
+            f"[quantize] default = {show(default)}: expected 'auto', a preset or a size such as 4.5bpw{advice}"
+        )
     candidates = quantize.get("candidates", ("Q8_0",))
     if not candidates:
         problems.add("[quantize] candidates = []: expected at least one preset")

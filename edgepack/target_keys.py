@@ -42,7 +42,7 @@ class Device:
     bandwidth_efficiency: float = key(
         "number", "part of the bandwidth that decoding reaches", unit="1", low=0.01, high=1, needs_source=True
     )
-    accelerator: str = key("text", "what the runtime computes on", choices=("none", "cuda", "metal", "vulkan"))
+    accelerator: str = key("text", "what the runtime computes on", choices=("none", "cuda", "metal", "vulkan", "npu"))
     is_this_machine: bool = key(
         "switch", "speed and memory measured on the machine that builds count for this target", default=False
     )
@@ -73,7 +73,7 @@ class Runtime:
 class Quantize:
     """Which quantizations the device runs well, best first."""
 
-    default: str = key("text", "a preset, or auto: the first candidate within the budgets", default="auto")
+    default: str = key("text", "a preset, a size (4.5bpw, 2.0GB), or auto: what fills the budgets best", default="auto")
     candidates: tuple[str, ...] = key(
         "names",
         "presets that auto may choose, best first",
@@ -83,10 +83,23 @@ class Quantize:
     imatrix: str | None = key("text", "path of an importance matrix (GGUF)", default=None, optional=True)
     calibration: str | None = key(
         "text",
-        "path of a text that quantizers of ONNX are calibrated on; none = the one that ships",
+        "text to calibrate on: a file, a folder or hub:org/dataset; none = the one that ships",
         default=None,
         optional=True,
     )
+    calibration_windows: int | None = key(
+        "integer", "windows of 512 tokens to calibrate on; none = by the size of the model", unit="windows", low=2,
+        high=100_000, default=None, optional=True,
+    )  # fmt: skip
+    types: tuple[str, ...] = key(
+        "names", "types a tensor of a calibrated GGUF may be given; none = those of the candidates", choices=TYPES,
+        default=(),
+    )  # fmt: skip
+    feedback: bool = key("switch", "write calibrated GGUF types with column feedback", default=True)
+    refine: int | None = key(
+        "integer", "tokens to train the codes of a GGUF on, towards the source; none = not at all", unit="tokens",
+        low=1024, high=1_000_000_000_000, default=None, optional=True,
+    )  # fmt: skip
     allow_nonfinite: bool = key("switch", "build although a weight is NaN or infinite", default=False)
     tensors: Mapping[str, str] = field(default_factory=dict)  # the table [quantize.tensors]: name pattern = type
 
@@ -115,6 +128,7 @@ class Budget:
     cosine_mean: float | None = _limit("least mean cosine of embeddings", "1", high=1)
     cosine_p01: float | None = _limit("least cosine of embeddings, 1 % quantile", "1", high=1)
     neighbour_agreement: float | None = _limit("least share of nearest neighbours kept", "1", high=1)
+    rank_agreement: float | None = _limit("least share of pairs a reranker puts in the same order", "1", high=1)
     label_agreement: float | None = _limit("least share of labels kept", "1", high=1)
     latency_ms_p50: float | None = _limit("longest encoder latency, median", "ms")
     latency_ms_p90: float | None = _limit("longest encoder latency, 90 % quantile", "ms")
@@ -176,6 +190,17 @@ class Onnx:
         "integer", "fixed tokens of every row", unit="tokens", low=1, high=1_048_576, default=None, optional=True
     )
     provider: str = key("text", "execution provider of the runtime", default="CPUExecutionProvider")
+    recipe: str | None = key(
+        "text", "recipe of an encoder where `quantize.default` leaves the choice; none = found by the budgets",
+        default=None, optional=True,
+    )  # fmt: skip
+    bits_per_weight: float | None = key(
+        "number", "size of a decoder in int4-mixed, everything included; none = 5.1",
+        unit="bits/weight", low=4.5, high=9, default=None, optional=True,
+    )  # fmt: skip
+    ort: bool = key(
+        "switch", "write model.ort and its operator list too, for minimal builds of onnxruntime", default=False
+    )
 
 
 TABLES: Mapping[str, type] = {
@@ -214,6 +239,7 @@ LIMITS: Mapping[str, Limit] = {
         for name in (
             *("prefill_tokens_per_s", "decode_tokens_per_s_p50", "decode_tokens_per_s_p10"),
             *("top1_agreement", "cosine_mean", "cosine_p01", "neighbour_agreement", "label_agreement"),
+            "rank_agreement",
         )
     },
 }

@@ -31,12 +31,14 @@ class Workshop:
         listener: Told about steps and progress.
         threads: Threads to compute with.
         fresh: Measure again whatever the store holds.
+        evaluation: The text that fidelity will be measured on: nothing may be tuned on it.
     """
 
     store: Store
     listener: Listener
     threads: int
     fresh: bool = False
+    evaluation: Path | None = None
 
     def remember(self, name: str, inputs: Mapping[str, Any], compute: Callable[[], Any]) -> tuple[Any, bool]:
         """The result of `compute` for these inputs, from the store if it is there.

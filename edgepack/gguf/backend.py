@@ -7,13 +7,12 @@ Every step runs in a worker process, keeps its result in the store, and returns 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepack.backend import Candidate, Described
-from edgepack.errors import UsageError
 from edgepack.events import Event, step
 from edgepack.predict import MB, effective_context, predict
 from edgepack.toolchain import versions
@@ -30,7 +29,9 @@ from edgepack.workshop import (
 )
 
 if TYPE_CHECKING:
+    from edgepack.gguf.file import Metadata
     from edgepack.gguf.imatrix import Imatrix
+    from edgepack.gguf.model import ModelSpec
     from edgepack.planning import Plan
     from edgepack.source import Source
     from edgepack.targets import Target
@@ -43,20 +44,18 @@ MEMORY_SHARE = 0.7
 
 def describe(source: Source, target: Target) -> Described:
     """The model as it would be written, from headers alone."""
+    from edgepack.gguf import refining
     from edgepack.gguf.model import describe as describe_model
 
-    if target.quantize.calibration:
-        raise UsageError(
-            f"{target.quantize.calibration}: GGUF presets take an importance matrix, and this is a text",
-            hint="Make one with llama-imatrix and give that file.",
-        )
     model = describe_model(source.path)
+    refining.refuse_impossible(model, source, target)
     return Described(
         architecture=model.architecture,
         parameters=model.parameters,
         context=effective_context(model, target),
         embedding=model.embedding,
-        model=(model, _imatrix(target)),
+        model=(model, _imatrix(model, source, target)),
+        notes=(refining.sentence(model, target.quantize.refine),) if target.quantize.refine else (),
     )
 
 
@@ -66,12 +65,15 @@ def names(described: Described, target: Target) -> tuple[str, ...]:
 
 
 def candidate(described: Described, source: Source, target: Target, quantize: str) -> Candidate:
-    """The exact layout at one preset, and what it is predicted to cost."""
+    """The exact layout at one preset, or the room there is at one size, and what it is predicted to cost."""
+    from edgepack.gguf import calibrated, refining
     from edgepack.gguf.convert import plan_layout
     from edgepack.gguf.presets import find_preset
-    from edgepack.gguf.values import string
+    from edgepack.gguf.size import is_size
 
     model, imatrix = described.model
+    if is_size(quantize):
+        return calibrated.candidate(model, source, target, quantize, _own_metadata(source, quantize))
     name = find_preset(quantize).name
     layout = plan_layout(
         model,
@@ -79,9 +81,27 @@ def candidate(described: Described, source: Source, target: Target, quantize: st
         overrides=dict(target.quantize.tensors),
         imatrix=imatrix,
         shard_bytes=target.delivery.shard_mb * MB if target.delivery.shard_mb else None,
-        extra_metadata={key: string(value) for key, value in _own_keys(source, name).items()},
+        extra_metadata=_own_metadata(source, name),
     )
+    if target.quantize.refine:
+        refining.refuse_types((kind.name for kind in layout.types.values()), name)
     return Candidate(name, predict(model, layout, target))
+
+
+def filling(
+    described: Described, source: Source, target: Target, fits: Callable[[Candidate], bool]
+) -> tuple[Candidate | None, str | None]:
+    """The largest calibrated file within the budgets, where the model can be calibrated here in reasonable time."""
+    from edgepack.gguf import calibrated
+
+    model, _ = described.model
+    return calibrated.filling(model, source, target, lambda name: _own_metadata(source, name), fits)
+
+
+def _own_metadata(source: Source, quantize: str) -> Metadata:
+    from edgepack.gguf.values import string
+
+    return {key: string(value) for key, value in _own_keys(source, quantize).items()}
 
 
 def _own_keys(source: Source, quantize: str) -> dict[str, str]:
@@ -90,19 +110,29 @@ def _own_keys(source: Source, quantize: str) -> dict[str, str]:
     return keys | ({"edgepack.source_commit": source.commit} if source.commit else {})
 
 
-def _imatrix(target: Target) -> Imatrix | None:
-    if target.quantize.imatrix is None:
-        return None
+def _imatrix(model: ModelSpec, source: Source, target: Target) -> Imatrix | None:
+    """The one that was given; where text was given to make one from, a stand-in of the same names and sizes."""
+    from edgepack.calibrate.imatrix_file import refuse_other_model
+    from edgepack.gguf import calibrated
     from edgepack.gguf.imatrix import read_imatrix
 
-    return read_imatrix(Path(target.quantize.imatrix))
+    if target.quantize.imatrix is not None:
+        found = read_imatrix(Path(target.quantize.imatrix))
+        refuse_other_model(found, {tensor.name: tensor.shape for tensor in model.tensors}, target.quantize.imatrix)
+        return found
+    return calibrated.promised_imatrix(model, source, target) if target.quantize.calibration else None
 
 
 def export(shop: Workshop, source: Source, plan: Plan, stem: str) -> Exported:
     """Write the artifact: one streaming pass from safetensors to the quantized GGUF."""
-    arguments = _export_arguments(source, plan, stem)
+    tuned, evidence, statistics = _tuned(shop, source, plan)
+    arguments = _export_arguments(source, plan, stem) | tuned
     imatrix = arguments["imatrix"]
-    inputs = arguments | {"model": source.files, "imatrix": sha256(imatrix) if imatrix else None}
+    inputs = arguments | {
+        "model": source.files,
+        "imatrix": sha256(imatrix) if imatrix else None,
+        "statistics": statistics,
+    }
 
     with step(shop.listener, "export", f"{stem}.gguf", unit="bytes") as handle:
 
@@ -115,7 +145,7 @@ def export(shop: Workshop, source: Source, plan: Plan, stem: str) -> Exported:
                 progress=handle.progress,
             )
             refuse_changed(source, before)
-            (folder / "export.json").write_text(json.dumps(report, sort_keys=True), encoding="utf-8")
+            (folder / "export.json").write_text(json.dumps(report | evidence, sort_keys=True), encoding="utf-8")
 
         entry = shop.store.step("export", keyed(inputs), make)
         report = json.loads(entry.files["export.json"].path.read_text(encoding="utf-8"))
@@ -123,7 +153,34 @@ def export(shop: Workshop, source: Source, plan: Plan, stem: str) -> Exported:
         exported = Exported(entry, files, files[0], report)
         handle.cached = entry.cached
         handle.outcome = f"{stem}.gguf  {exported.size / 1e6:,.1f} MB, {report['bits_per_weight']:.3f} bits/weight"
-    return exported
+    if not plan.target.quantize.refine:
+        return exported
+    from edgepack.gguf import refining
+
+    return refining.refined(shop, source, plan.target, exported)
+
+
+def _tuned(shop: Workshop, source: Source, plan: Plan) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+    """What calibration changes of the export: its arguments, what the manifest says of it, the statistics' key."""
+    from edgepack.gguf import calibrated
+    from edgepack.gguf.size import is_size
+
+    target = plan.target
+    sized = is_size(plan.quantize)
+    if not sized and not target.quantize.calibration:
+        return {}, {}, None
+    statistics = calibrated.calibrate(shop, source, target)
+    arguments: dict[str, Any] = {"imatrix": str(statistics.path / "imatrix.gguf")}
+    evidence: dict[str, Any] = {"calibration": calibrated.facts(statistics)}
+    if not sized:
+        return arguments, evidence, None
+    limits = target.limits() if plan.chosen_by == "budgets" else {}
+    own_keys = _own_metadata(source, plan.quantize)
+    chosen = calibrated.allocation(shop, source, target, plan.quantize, statistics, own_keys, limits)
+    arguments |= {"preset": chosen.base, "overrides": dict(chosen.types)}
+    if target.quantize.feedback:
+        arguments["statistics"] = str(statistics.path)
+    return arguments, evidence | {"allocation": chosen.as_json()}, statistics.key
 
 
 def _export_arguments(source: Source, plan: Plan, stem: str) -> dict[str, Any]:
@@ -216,7 +273,7 @@ def fidelity(
                     what="fidelity measurement",
                     progress=handle.progress,
                 ),
-                lambda: _logits(shop, source, reference, kind, parameters),
+                lambda: _logits(shop, source, reference, kind, parameters),  # remembered: of the source alone
             )
         reference_facts = {"type": kind, "read_by": "llama.cpp"}
         return dict(measured) | {"logits": logits, "reference": reference_facts, "machine": machine_facts()}
@@ -308,10 +365,11 @@ def _logits(shop: Workshop, source: Source, reference: Path, kind: str, paramete
         note = f"transformers needs about {need / 1e9:.1f} GB for the source in float32, {free / 1e9:.1f} GB are free"
         shop.listener(Event("note", "logits", f"not compared with transformers: {note}"))
         return {"compared": False, "note": note}
-    found = run(
-        "edgepack.conform.logits:logits",
-        {"reference_gguf": str(reference), "source": str(source.path), "threads": shop.threads},
-        what="comparison with transformers",
+    arguments = {"reference_gguf": str(reference), "source": str(source.path), "threads": shop.threads}
+    found, _ = shop.remember(
+        "logits",
+        {"source": source.files, "reference": kind, "threads": shop.threads},
+        lambda: run("edgepack.conform.logits:logits", arguments, what="comparison with transformers"),
     )
     return {"compared": True} | dict(found)
 
@@ -342,7 +400,7 @@ def _latency_in_words(rows: list[Mapping[str, Any]]) -> str:
     return ", ".join(words.format(values[name]) for name, words in shown if values.get(name) is not None)
 
 
-def runtime(plan: Plan) -> dict[str, Any]:
+def runtime(plan: Plan, exported: Exported) -> dict[str, Any]:
     """Load options for `runtime.json`."""
     options = plan.target.runtime
     return {
@@ -362,7 +420,8 @@ def tokenizer(source: Source, exported: Exported) -> dict[str, bytes]:
 
 def recipe(exported: Exported) -> dict[str, Any]:
     """What came of the options, for the manifest."""
-    return {"types": exported.report["types"], "nonfinite": exported.report["nonfinite"]}
+    names = ("types", "nonfinite", "calibration", "allocation", "feedback", "refine")
+    return {name: exported.report[name] for name in names if exported.report.get(name) is not None}
 
 
 def toolchain(exported: Exported) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import UsageError
 from edgepack.gguf import ggml
@@ -19,6 +19,9 @@ from edgepack.gguf.layout import Layout, Shard, plan_layout
 from edgepack.gguf.model import ModelSpec, describe
 from edgepack.gguf.stream import Written, stream
 from edgepack.worker import Progress, no_progress
+
+if TYPE_CHECKING:
+    from edgepack.gguf.tuned import FeedbackEncoder
 
 __all__ = ["Layout", "Shard", "Written", "export", "plan_layout", "stream", "write"]
 
@@ -60,6 +63,7 @@ def export(
     threads: int,
     allow_nonfinite: bool,
     extra_metadata: Mapping[str, Any],
+    statistics: str | None = None,
     progress: Progress,
 ) -> dict[str, Any]:
     """Convert and quantize one model; everything in and out can be JSON (see `edgepack.worker.run`).
@@ -75,12 +79,15 @@ def export(
         threads: Worker threads.
         allow_nonfinite: See `stream`.
         extra_metadata: Further GGUF keys: strings, truth values, whole numbers from 0, floats.
+        statistics: Folder of calibration statistics (`edgepack/calibrate/collect.py`): what column feedback can write
+            is written with it. None has every byte from ggml, as llama-quantize writes it.
         progress: Called with (source bytes done, all source bytes).
 
     Returns:
         `files` (names, in order), `bytes`, `types` (tensor -> type name), `parameters`, `bits_per_weight`,
         `tensor_bytes_by_type`, `nonfinite` (tensor -> count), `without_importance` (tensors that the importance matrix
-        has nothing for), `ggml` (what quantized).
+        has nothing for), `feedback` (tensor -> part of its weighted error that column feedback left), `ggml` (what
+        quantized).
 
     Raises:
         EdgepackError: As `describe`, `read_imatrix`, `plan_layout` and `stream`.
@@ -95,6 +102,7 @@ def export(
         shard_bytes=shard_mb * 1_000_000 if shard_mb else None,
         extra_metadata=_values(extra_metadata),
     )
+    encoder = _encoder(statistics)
     written = stream(
         spec,
         layout,
@@ -102,6 +110,7 @@ def export(
         stem=stem,
         threads=threads,
         imatrix=importance,
+        encoder=encoder,
         allow_nonfinite=allow_nonfinite,
         progress=progress,
     )
@@ -114,8 +123,18 @@ def export(
         "tensor_bytes_by_type": dict(layout.tensor_bytes_by_type),
         "nonfinite": written.nonfinite,
         "without_importance": list(layout.without_importance),
+        "feedback": encoder.saved() if encoder else {},
         "ggml": ggml.build(),
     }
+
+
+def _encoder(statistics: str | None) -> FeedbackEncoder | None:
+    if statistics is None:
+        return None
+    from edgepack.calibrate.moments import open_moments
+    from edgepack.gguf.tuned import FeedbackEncoder
+
+    return FeedbackEncoder(open_moments(Path(statistics)))
 
 
 def _values(plain: Mapping[str, Any]) -> Metadata:

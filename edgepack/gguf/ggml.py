@@ -59,6 +59,20 @@ def library_path() -> Path:
     return path
 
 
+class _Traits(ctypes.Structure):
+    """`struct ggml_type_traits` of ggml/include/ggml.h."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
 @cache
 def _library() -> ctypes.CDLL:
     """Load, declare and check the library once per process.
@@ -78,7 +92,13 @@ def _library() -> ctypes.CDLL:
     for name in QUANTIZABLE:
         kind = TYPES[name]
         found = (library.ggml_type_name(kind.id), library.ggml_blck_size(kind.id), library.ggml_type_size(kind.id))
-        if (found[0] or b"").decode().upper() != name or found[1:] != (kind.block, kind.block_bytes):
+        traits = library.ggml_get_type_traits(kind.id).contents
+        found_traits = (traits.type_name, traits.blck_size, traits.type_size)
+        if (
+            found_traits != found
+            or (found[0] or b"").decode().upper() != name
+            or found[1:] != (kind.block, kind.block_bytes)
+        ):
             raise MissingError(
                 f"{path}: type {kind.id} is {found}, expected {(name, kind.block, kind.block_bytes)}: another ggml",
                 hint=_INSTALL_HINT,
@@ -93,6 +113,7 @@ def _declare(library: ctypes.CDLL) -> None:
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "ggml_quantize_chunk": (size, [enum, pointer, pointer, int64, int64, int64, pointer]),
         "ggml_validate_row_data": (ctypes.c_bool, [enum, pointer, size]),
+        "ggml_get_type_traits": (ctypes.POINTER(_Traits), [enum]),
         "ggml_type_name": (ctypes.c_char_p, [enum]),
         "ggml_blck_size": (int64, [enum]),
         "ggml_type_size": (size, [enum]),
@@ -140,6 +161,31 @@ def quantize_rows(
     importance = None if imatrix is None else np.ascontiguousarray(imatrix)
     address = None if importance is None else importance.ctypes.data
     _library().ggml_quantize_chunk(kind.id, rows.ctypes.data, out.ctypes.data, 0, count, width, address)
+
+
+def to_float(kind: GgmlType, data: npt.NDArray[np.uint8], out: npt.NDArray[np.float32]) -> None:
+    """Decode rows with ggml's own decoder (`to_float` of its type traits): what a runtime computes with.
+
+    Args:
+        kind: One of `QUANTIZABLE`.
+        data: uint8, C-contiguous, whole blocks.
+        out: float32, C-contiguous, one element per weight of `data`.
+
+    Raises:
+        UsageError: A type this build has no decoder for.
+    """
+    count = data.nbytes // kind.block_bytes * kind.block
+    if data.dtype != np.uint8 or not data.flags.c_contiguous or data.nbytes % kind.block_bytes:
+        raise ValueError(f"data must be contiguous blocks of {kind.block_bytes} bytes, not {data.nbytes}")
+    if out.dtype != np.float32 or not out.flags.c_contiguous or out.size != count:
+        raise ValueError(f"out must be {count} contiguous float32, not {out.size} of {out.dtype}")
+    if kind.name == "F32":
+        out.reshape(-1).view(np.uint8)[:] = data.reshape(-1)
+        return
+    decode = _library().ggml_get_type_traits(kind.id).contents.to_float if kind.name in QUANTIZABLE else None
+    if not decode:
+        raise UsageError(f"ggml has no decoder for {kind.name}")
+    decode(data.ctypes.data, out.ctypes.data, count)
 
 
 def valid_rows(kind: GgmlType, data: npt.NDArray[np.uint8]) -> bool:

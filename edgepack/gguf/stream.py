@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +37,20 @@ from edgepack.worker import Progress, no_progress
 # Weights per chunk: 1 MB of float32, which stays in a core's second-level cache from reading to quantizing, while the
 # interpreter's share (about 0.1 ms a chunk) stays below 1 % of the work.
 CHUNK_WEIGHTS = 1 << 18
+CHUNK_ROWS = 64  # at least: encoders that look across rows work on so many at once
 _PROGRESS_SECONDS = 0.1
 # Float types: how a weight is stored, and the exponent bits that are all set in NaN and infinity (IEEE 754; bfloat16).
 _EXPONENTS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
+
+
+class Encoder(Protocol):
+    """Something that quantizes some tensors better than ggml does; see `edgepack/gguf/tuned.py`."""
+
+    def takes(self, name: str, kind: GgmlType) -> bool:
+        """Whether it has what it needs for this tensor and type."""
+
+    def quantize(self, name: str, rows: npt.NDArray[np.float32], kind: GgmlType, out: npt.NDArray[np.uint8]) -> None:
+        """Quantize whole rows into `out`; rows must not depend on one another. Called from several threads."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,7 @@ def stream(
     stem: str,
     threads: int,
     imatrix: Imatrix | None = None,
+    encoder: Encoder | None = None,
     allow_nonfinite: bool = False,
     progress: Progress = no_progress,
 ) -> Written:
@@ -93,6 +106,7 @@ def stream(
         stem: File name without suffix.
         threads: Worker threads, at least 1. Changes the time, never a byte.
         imatrix: The one the layout was planned with.
+        encoder: Quantizes what it takes, in place of ggml.
         allow_nonfinite: Write tensors with NaN or infinite weights: float types hold them as they are (llama.cpp loads
             such a file unless told to check tensors), quantized types where ggml's own validation accepts the result.
         progress: Called with (source bytes done, all source bytes).
@@ -113,7 +127,7 @@ def stream(
     try:
         _allocate(paths, layout.shards, made)
         total = sum(_source_bytes(tensor) for tensor in model.tensors)
-        run = _Run(_chunks(layout.shards, made, specs), total, imatrix, allow_nonfinite)
+        run = _Run(_chunks(layout.shards, made, specs), total, imatrix, encoder, allow_nonfinite)
         run.work(threads, progress)
         for (path, descriptor), shard in zip(made, layout.shards, strict=True):
             with _storage(path):
@@ -142,7 +156,7 @@ def _chunks(
         for entry in shard.entries:
             tensor = specs[entry.name]
             block = min(max(tensor.row_block, 1), tensor.rows)
-            step = max(CHUNK_WEIGHTS // tensor.width // block, 1) * block
+            step = max(max(CHUNK_WEIGHTS // tensor.width, CHUNK_ROWS) // block, 1) * block
             for start in range(0, tensor.rows, step):
                 stop = min(start + step, tensor.rows)
                 yield _Chunk(index, tensor, entry, path, descriptor, len(shard.header), start, stop)
@@ -156,6 +170,7 @@ class _Run:
     chunks: Iterator[_Chunk]
     total_bytes: int
     imatrix: Imatrix | None
+    encoder: Encoder | None
     allow_nonfinite: bool
     nonfinite: dict[str, int] = field(default_factory=dict)
     failures: dict[int, BaseException] = field(default_factory=dict)
@@ -235,6 +250,9 @@ class _Run:
     def _quantize(self, chunk: _Chunk, rows: npt.NDArray[np.float32], data: npt.NDArray[np.uint8]) -> None:
         """Quantize, expert by expert where each has importance values of its own."""
         tensor, kind = chunk.tensor, chunk.entry.type
+        if self.encoder is not None and self.encoder.takes(tensor.name, kind):
+            self.encoder.quantize(tensor.name, rows, kind, data)
+            return
         values = self.imatrix.of(tensor.name, tensor.shape) if self.imatrix else None
         if values is None:
             quantize_rows(rows, kind, data)

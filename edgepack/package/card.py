@@ -15,6 +15,7 @@ from typing import Any
 from edgepack.judgement import NEEDS_DEVICE
 from edgepack.measurement import Measurement
 from edgepack.package import onnx_run
+from edgepack.package.allocation import allocation
 from edgepack.package.candidates import candidates
 from edgepack.package.how_to_run import sections
 from edgepack.package.licences import one_line
@@ -73,6 +74,7 @@ def card(manifest: Mapping[str, Any], evidence: Evidence, runtime: Mapping[str, 
         "## How it was made",
         _facts(_recipe(manifest["recipe"]) | {"toolchain": _toolchain(manifest["toolchain"])}),
         candidates(manifest["recipe"].get("search")),
+        allocation(manifest["recipe"]),
         "## Check it",
         f"{_code('edgepack verify .')} checks every byte, {_code('sha256sum -c SHA256SUMS')} does so without edgepack, "
         f"{_code('edgepack validate .')} measures again on your machine. Every measurement is in "
