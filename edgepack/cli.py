@@ -573,9 +573,14 @@ def _sized(quantize: str | None, size: str | None, bpw: float | None) -> str | N
         raise UsageError(f"{given[0]} and {given[1]} say different things of one file", hint="Give one of them.")
     if bpw is not None:
         return f"{bpw:g}bpw"
-    if size is not None and size.lower().endswith("bpw"):
-        raise UsageError(f"--size {size}: expected bytes, such as 2.0GB", hint=f"--bpw {size[:-3]}")
-    return f"{size}B" if size is not None and size.strip().isdigit() else size or quantize
+    if size is None:
+        return quantize
+    from edgepack.gguf.size import parse_size
+
+    asked = parse_size(size)
+    if asked.total_bytes is None:
+        raise UsageError(f"--size {size}: expected bytes, such as 2.0GB", hint=f"Say --bpw {asked.bits_per_weight:g}.")
+    return asked.name
 
 
 def _show_plan(document: dict[str, Any], as_json: bool) -> None:

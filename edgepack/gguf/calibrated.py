@@ -71,8 +71,8 @@ class Cost:
         minutes = self.seconds / 60
         time = f"{self.seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min"
         return (
-            f"calibration runs {self.forward_passes} windows of {WINDOW_TOKENS} tokens: about {time} on this machine, "
-            f"{self.memory_bytes / 1e9:.1f} GB of memory"
+            f"calibration reads {self.windows} windows of {WINDOW_TOKENS} tokens ({self.forward_passes} passes): "
+            f"about {time} on this machine, {self.memory_bytes / 1e9:.1f} GB of memory"
         )
 
 
@@ -170,8 +170,11 @@ def candidate(model: ModelSpec, source: Source, target: Target, quantize: str, o
             hint="Name a preset instead: --quantize Q4_K_M.",
         )
     imatrix = promised_imatrix(model, source, target)
-    found = _guessed(model, target, size, own_keys, imatrix, room(model, target, own_keys, imatrix))
-    return replace(found, note=cost(model, target).sentence())
+    where = room(model, target, own_keys, imatrix)
+    note = cost(model, target).sentence()
+    if where.budget(size) > where.most:
+        note += f"; the largest types on offer make {where.most:,} bytes, and F16 (--quantize F16) is closer still"
+    return replace(_guessed(model, target, size, own_keys, imatrix, where), note=note)
 
 
 def filling(
