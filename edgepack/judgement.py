@@ -28,7 +28,22 @@ GENERATION = frozenset(
     ]
 )
 EMBEDDING = frozenset(
-    ["cosine_mean", "cosine_p01", "neighbour_agreement", "label_agreement", "latency_ms_p50", "latency_ms_p90"]
+    [
+        "cosine_mean",
+        "cosine_p01",
+        "neighbour_agreement",
+        "label_agreement",
+        "rank_agreement",
+        "latency_ms_p50",
+        "latency_ms_p90",
+    ]
+)
+# How an encoder is held against its source depends on what it gives: vectors, labels or scores. Budgets of the other
+# kinds do not apply to it.
+KINDS = (
+    frozenset(["cosine_mean", "cosine_p01", "neighbour_agreement"]),
+    frozenset(["label_agreement"]),
+    frozenset(["rank_agreement"]),
 )
 # What depends on the machine it was measured on; fidelity and size do not.
 SPEED = frozenset(
@@ -63,9 +78,9 @@ def judged(
     Returns:
         One judged row for each measured value, each applicable budget and each prediction.
     """
-    apart = GENERATION if embedding else EMBEDDING
-    limits = {name: limit for name, limit in target.limits().items() if name not in apart}
     measured = {row["name"]: from_json(row) for row in rows}
+    apart = (GENERATION | _other_kinds(measured)) if embedding else EMBEDDING
+    limits = {name: limit for name, limit in target.limits().items() if name not in apart}
     wanted = [name for name in (*limits, *predicted) if name not in measured]
     missing = {
         name: Measurement(name, None, unit_of(name), measured_on=None, note=_why(name, target)) for name in wanted
@@ -74,6 +89,12 @@ def judged(
         judge(replace(row, predicted=predicted.get(name)), limits.get(name))
         for name, row in (measured | missing).items()
     ]
+
+
+def _other_kinds(measured: Mapping[str, Measurement]) -> frozenset[str]:
+    """Fidelity rows of the kinds that this encoder is not; none when nothing says which it is."""
+    other = [kind for kind in KINDS if not kind & measured.keys()]
+    return frozenset().union(*other) if len(other) < len(KINDS) else frozenset()
 
 
 def unit_of(name: str) -> str:
@@ -85,4 +106,6 @@ def unit_of(name: str) -> str:
 def _why(name: str, target: Target) -> str:
     if name in SPEED and not target.device.is_this_machine:
         return f"{NEEDS_DEVICE}: this build ran elsewhere than on {target.name}"
+    if target.onnx.provider not in ("CPUExecutionProvider", "cpu") and target.measure.fidelity:
+        return f"{NEEDS_DEVICE}: nothing here runs {target.onnx.provider}"
     return "its measurement is switched off in the profile"

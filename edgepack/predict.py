@@ -54,6 +54,7 @@ class Prediction:
         decode_tokens_per_s: Mid estimate; None when the target does not state its memory bandwidth.
         decode_range: Low and high estimate.
         exact: False when the bytes are an estimate too.
+        build_mb: Resident memory that making it takes, in MB; None where no step is predicted.
     """
 
     artifact_bytes: int
@@ -64,6 +65,7 @@ class Prediction:
     decode_tokens_per_s: float | None
     decode_range: tuple[float, float] | None
     exact: bool = True
+    build_mb: float | None = None
 
     def as_json(self) -> dict[str, object]:
         """The prediction as it stands in `plan.json`."""
@@ -75,6 +77,8 @@ class Prediction:
             "compute_mb": round(self.compute_mb, 1),
             "decode_tokens_per_s": _rounded(self.decode_tokens_per_s),
             "decode_tokens_per_s_range": [_rounded(x) for x in self.decode_range] if self.decode_range else None,
+            **({} if self.exact else {"artifact_bytes_exact": False}),
+            **({} if self.build_mb is None else {"build_mb": round(self.build_mb, 1)}),
         }
 
 

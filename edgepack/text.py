@@ -80,7 +80,7 @@ def windows(tokens: Sequence[int], window_tokens: int = WINDOW_TOKENS, limit: in
     if len(tokens) < 2 * window_tokens:
         raise InputRefused(
             f"the text has {len(tokens)} tokens, expected at least {2 * window_tokens}: two windows of {window_tokens}",
-            hint="Give a longer text with --evaluation, or shorter windows with --set measure.window_tokens=N.",
+            hint="Give a longer text with --evaluation; build and validate take --set measure.window_tokens=N as well.",
         )
     count = len(tokens) // window_tokens
     count = count if limit is None else min(count, limit)

@@ -39,7 +39,7 @@ from edgepack.runtimes.onnxruntime import CPU, NO_SPINNING, Session
 from edgepack.text import default_evaluation_text, read_text, text_sha256
 from edgepack.worker import Progress, no_progress
 
-_VECTORS = ("feature-extraction", "sentence-similarity")
+VECTORS = ("feature-extraction", "sentence-similarity")
 LONGEST = 512  # tokens of an input; sentences of the evaluation text have far fewer
 
 Array = npt.NDArray[Any]
@@ -98,7 +98,7 @@ def encoder_fidelity(
     else:
         content = read_text(default_evaluation_text() if text is None else text)
         facts["text_sha256"] = text_sha256(content)
-        longest = min(encoder.max_sequence or LONGEST, _fixed_length(session.inputs) or LONGEST, LONGEST)
+        longest = min(encoder.max_sequence or LONGEST, fixed_length(session.inputs) or LONGEST, LONGEST)
         tokenizer = checkpoint.path / "tokenizer.json"
         inputs = text_samples(chosen.name, content, samples, tokenizer, longest=longest, pairs=single)
         what = "sentences"
@@ -111,14 +111,15 @@ def encoder_fidelity(
 
     results = []
     for number, sample in enumerate(inputs, 1):
-        pair = by_source(sample), _by_model(sample, session, chosen.outputs)
-        results.append(_reduced(chosen.name, single, sample, *_checked(pair, chosen.outputs, number, session)))
+        theirs = by_source(sample)
+        pair = theirs, by_model(sample, session, chosen.outputs, [output.shape for output in theirs])
+        results.append(reduced(chosen.name, single, sample, *_checked(pair, chosen.outputs, number, session)))
         progress(number, len(inputs))
-    estimates = _estimates(chosen.name, single, results)
+    measured = estimates(chosen.name, single, results)
     note = f"{len(inputs)} {what} against the source in transformers"
     rows = [
         Measurement(name, estimate.value, "1", n=n, ci95=estimate.ci95, note=note)
-        for name, (estimate, n) in estimates.items()
+        for name, (estimate, n) in measured.items()
     ]
     facts |= {"rows": [row.as_json() for row in rows], "samples": len(inputs), "task": chosen.name}
     return facts | {"settings": session.settings}
@@ -141,13 +142,29 @@ def model_file(candidate: str) -> Path:
     return found[0]
 
 
-def _fixed_length(ports: Sequence[Port]) -> int | None:
+def fixed_length(ports: Sequence[Port]) -> int | None:
     """Tokens of every input, where the graph takes one number only."""
     shape = next((port.shape for port in ports if port.name == "input_ids"), None)
     return shape[1] if shape is not None and len(shape) == 2 and isinstance(shape[1], int) else None
 
 
-def _by_model(sample: Sample, session: Session, outputs: Sequence[str]) -> Outputs:
+def by_model(
+    sample: Sample, session: Session, outputs: Sequence[str], shapes: Sequence[tuple[int, ...] | None] | None = None
+) -> Outputs:
+    """One sample through an ONNX model.
+
+    Args:
+        sample: The input.
+        session: The model.
+        outputs: Names of the outputs wanted.
+        shapes: What they are without padding; None for a graph that was padded to nothing.
+
+    Returns:
+        The outputs, without the rows and tokens that fixed shapes added.
+
+    Raises:
+        ConformanceError: The model has no such output.
+    """
     missing = set(outputs) - {port.name for port in session.outputs}
     if missing:
         raise ConformanceError(f"{session.path.name}: has no output {min(missing)}; it was exported for another task")
@@ -155,12 +172,13 @@ def _by_model(sample: Sample, session: Session, outputs: Sequence[str]) -> Outpu
     found = session.run(feeds, outputs)
     own, fed = (inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 for inputs in (sample.inputs, feeds))
 
-    def trimmed(array: Array) -> Array:
-        """Without the rows and tokens that `padded` added."""
-        tokens = fed > own and array.ndim > 1 and array.shape[1] == fed
+    def trimmed(array: Array, shape: tuple[int, ...] | None) -> Array:
+        """Without the rows and tokens that `padded` added; an embedding may be as wide as the input is long."""
+        tokens = fed > own and array.ndim > 1 and array.shape[1] == fed and (shape is None or shape[1] == own)
         return np.asarray(array[:1, :own] if tokens else array[:1])
 
-    return [trimmed(found[name]) for name in outputs]
+    known = [None] * len(outputs) if shapes is None else shapes
+    return [trimmed(found[name], shape) for name, shape in zip(outputs, known, strict=True)]
 
 
 def padded(inputs: Mapping[str, Array], ports: Sequence[Port]) -> dict[str, Array]:
@@ -204,9 +222,9 @@ def _checked(
     return pair[0], found
 
 
-def _reduced(task: str, single: bool, sample: Sample, theirs: Outputs, ours: Outputs) -> tuple[Array, Array]:
+def reduced(task: str, single: bool, sample: Sample, theirs: Outputs, ours: Outputs) -> tuple[Array, Array]:
     """What one sample leaves: two vectors, two scores, or the labels of both sides. Whole outputs are not kept."""
-    if task in _VECTORS:
+    if task in VECTORS:
         return _vector(theirs[0]), _vector(ours[0])
     if single:
         return theirs[0].reshape(1), ours[0].reshape(1)
@@ -219,9 +237,9 @@ def _reduced(task: str, single: bool, sample: Sample, theirs: Outputs, ours: Out
     return np.atleast_1d(a.argmax(axis=-1)), np.atleast_1d(b.argmax(axis=-1))
 
 
-def _estimates(task: str, single: bool, results: Sequence[tuple[Array, Array]]) -> dict[str, tuple[Estimate, int]]:
+def estimates(task: str, single: bool, results: Sequence[tuple[Array, Array]]) -> dict[str, tuple[Estimate, int]]:
     """Row name -> estimate and the number of things it rests on."""
-    if task in _VECTORS:
+    if task in VECTORS:
         source, found = (np.stack([result[side] for result in results]) for side in (0, 1))
         return {name: (estimate, len(results)) for name, estimate in vector_estimates(source, found).items()}
     if single:

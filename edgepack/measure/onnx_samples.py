@@ -6,13 +6,17 @@ own runtime for them is the plainest proof that the runtime takes it. Worker fun
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgepack.measure.samples import CONTINUATION, PROMPTS
 from edgepack.worker import Progress, no_progress
+
+if TYPE_CHECKING:
+    from edgepack.runtimes.onnxruntime import Session
 
 Array = npt.NDArray[Any]
 
@@ -41,17 +45,27 @@ def samples(*, artifact: str, threads: int, provider: str, progress: Progress = 
 
     session = Session(artifact, provider=provider, threads=threads)
     found = []
-    for done, batch in enumerate((1, 2), 1):
+    for done, (feeds, rules) in enumerate(fixed_feeds(session), 1):
+        outputs = session.run(feeds)
+        found.append({"inputs": rules, "outputs": {name: _summary(value) for name, value in outputs.items()}})
+        progress(done, 2)
+    return found
+
+
+def fixed_feeds(session: Session) -> Iterator[tuple[dict[str, Array], dict[str, Any]]]:
+    """Inputs of batch 1 and 2 for a model, and the rules they follow; only one, of its own, for a fixed batch.
+
+    Args:
+        session: The model.
+    """
+    for batch in (1, 2):
         feeds, rules = {}, {}
         for port in session.inputs:
             shape = tuple(_axis(axis, batch, index, port) for index, axis in enumerate(port.shape or ()))
             feeds[port.name], rules[port.name] = _fixed(port.name, shape)
-        outputs = session.run(feeds)
-        found.append({"inputs": rules, "outputs": {name: _summary(value) for name, value in outputs.items()}})
-        progress(done, 2)
+        yield feeds, rules
         if any(isinstance((port.shape or ("",))[0], int) for port in session.inputs):
-            break  # a graph with a fixed batch has one
-    return found
+            break
 
 
 def _axis(axis: Any, batch: int, index: int, port: Any) -> int:

@@ -68,10 +68,21 @@ def pair(
             progress(done, total)
     a, b = (join([part[side] for part in parts]) for side in (0, 1))
     per_window = window_tokens - 1 - window_tokens // 2
-    return _pair_rows(a, b, per_window)
+    return pair_rows(a, b, per_window)
 
 
-def _pair_rows(a: Scores, b: Scores, per_window: int) -> list[dict[str, Any]]:
+def pair_rows(a: Scores, b: Scores, per_window: int) -> list[dict[str, Any]]:
+    """Rows of two artifacts' scores on the same windows.
+
+    Args:
+        a: Of A; without `kld` where B is held against A.
+        b: Of B.
+        per_window: Scored positions of a window.
+
+    Raises:
+        ConformanceError: NaN or infinite scores.
+    """
+
     def shaped(values: Array) -> Array:
         if not np.isfinite(values).all():
             raise ConformanceError(f"NaN or infinite logits at {int((~np.isfinite(values)).sum())} positions")
@@ -83,7 +94,7 @@ def _pair_rows(a: Scores, b: Scores, per_window: int) -> list[dict[str, Any]]:
     rows = [
         {"name": "perplexity", "unit": "1", "n": n}
         | {side: float(np.exp(values.mean())) for side, values in zip("ab", nll, strict=True)}
-        | {"b_over_a": _shown(ratio)}
+        | {"b_over_a": shown(ratio)}
     ]
     if b.kld is None or b.same_top is None:
         return rows
@@ -93,15 +104,16 @@ def _pair_rows(a: Scores, b: Scores, per_window: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"name": name, "unit": unit, "n": n, "b": float(right.mean())}
         if a.kld is None:
             row |= {"name": f"{name}_b_from_a" if name == "mean_kld" else f"{name}_of_a_and_b", "a": None}
-            row["ci95"] = _shown(bootstrap.mean(right))["ci95"]
+            row["ci95"] = shown(bootstrap.mean(right))["ci95"]
         else:
             left = shaped(getattr(a, column))
-            row |= {"a": float(left.mean()), "difference": _shown(bootstrap.mean(right - left))}
+            row |= {"a": float(left.mean()), "difference": shown(bootstrap.mean(right - left))}
         rows.append(row)
     return rows
 
 
-def _shown(estimate: Estimate) -> dict[str, Any]:
+def shown(estimate: Estimate) -> dict[str, Any]:
+    """An estimate as it stands in a row."""
     return {"value": estimate.value, "ci95": list(estimate.ci95) if estimate.ci95 else None}
 
 

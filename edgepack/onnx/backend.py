@@ -133,6 +133,11 @@ def fidelity(
     return found | {"rows": providers.with_note(found["rows"], target)}
 
 
+def conversion(shop: Workshop, source: Source, target: Target, *, parameters: int) -> dict[str, Any]:
+    """Nothing: the export compares what it writes with transformers."""
+    return {}
+
+
 def latency(shop: Workshop, target: Target, artifact: Path, digest: str, context: int) -> dict[str, Any]:
     """Rows of speed and memory on this machine.
 

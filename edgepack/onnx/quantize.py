@@ -201,7 +201,8 @@ class Workshop:
             folder: Where it goes; exists.
             row: The recipe.
             keep: Nodes left in float32.
-            finer: Nodes with more precision. Those that are multiplied twice are not smoothed: 16 bits don't need it.
+            finer: Nodes with more precision. Those that are multiplied twice keep their factors: activations of 16 bits
+                don't need them, but the small rows of weights that read large channels do.
             progress: As `quantize`.
 
         Returns:
@@ -211,7 +212,7 @@ class Workshop:
         weights = sum(int(np.prod(tensor.dims)) for tensor in graph.stored.values())
         found = units(graph.products(), keep)
         doubled = {unit.name for unit in found if row.method == "dynamic" and finer.intersection(unit.nodes)}
-        smoothing = self._smoothing(row, found, doubled, progress)
+        smoothing = self._smoothing(row, found, progress)
         factors = {name: one.factor for name, one in smoothing.items() if one.factor is not None}
         tables: list[str] = []
         if row.table_bits <= 8 and not row.fixed_shapes:
@@ -251,16 +252,14 @@ class Workshop:
             "bits_per_weight": 8 * size / weights,
         }
 
-    def _smoothing(
-        self, row: Recipe, found: Sequence[Unit], doubled: set[str], progress: Progress
-    ) -> dict[str, Smoothing]:
+    def _smoothing(self, row: Recipe, found: Sequence[Unit], progress: Progress) -> dict[str, Smoothing]:
         """Factors of the units that get any. A unit that lost its first node to `keep` has another name than before."""
         if not row.smooth:
             return {}
         by_node = {
             node: self.factors(progress)[unit.name] for unit in units(self.graph.products()) for node in unit.nodes
         }
-        return {unit.name: by_node[unit.name] for unit in found if unit.name not in doubled}
+        return {unit.name: by_node[unit.name] for unit in found}
 
     def _static(
         self,

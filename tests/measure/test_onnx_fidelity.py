@@ -81,6 +81,19 @@ def test_rows_are_those_of_the_definition_on_each_models_logits(
     assert rows["mean_kld"]["note"] == "6 windows of 128 tokens, against the F32 source in transformers"
 
 
+def test_a_package_says_where_it_parts_from_its_source(int4_package: Path, example: Path, excerpt: str) -> None:
+    found = decoder_fidelity(
+        candidate=str(int4_package), source=str(example), text=excerpt, windows=3, window_tokens=64, threads=2
+    )
+    details = found["details"]
+    assert np.mean(details["kld_by_window"]) == pytest.approx(found["rows"][0]["value"], rel=1e-3)
+    for shown in details["worst"]:
+        assert shown["context"] + "".join(shown["tokens"]) in read_text(excerpt)
+        assert len(shown["tokens"]) == len(shown["kld"]) == 31
+        assert shown["positions"][0]["kld"] == max(shown["kld"])
+    assert sorted(shown["window"] for shown in details["worst"]) == [0, 1, 2]
+
+
 def test_a_float32_package_is_its_source(fp32_package: Path, measure: Measure) -> None:
     rows = measure(fp32_package)
     assert abs(rows["mean_kld"]["value"]) < 1e-8

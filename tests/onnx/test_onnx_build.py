@@ -62,6 +62,10 @@ def test_a_gguf_and_an_onnx_package_of_one_model_are_measured_against_the_same_s
     ]
     perplexities = [row.value for p in packages for row in p.measurements if row.name == "source_perplexity"]
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-4)
+    names = ("mean_kld", "median_kld", "kld_p99", "top1_agreement", "perplexity", "source_perplexity")
+    counts = [{row.name: (row.n, row.unit) for row in p.measurements if row.name in names} for p in packages]
+    assert counts[0] == counts[1]
+    assert set(counts[0]) == set(names)
 
 
 def test_an_encoder_becomes_a_whole_package_that_gives_the_sources_embeddings(embedder: Path, tmp_path: Path) -> None:
