@@ -12,18 +12,24 @@ from edgepack.errors import StepError
 DAMPING = 0.01  # of the mean diagonal of H; the paper's value
 
 
-def inverse_factor(moments: torch.Tensor) -> torch.Tensor:
+def damping(moments: torch.Tensor, share: float = DAMPING) -> float:
+    """What is added to the diagonal of H: a share of its mean, so that what a short text overstates counts for less."""
+    return share * float(moments.diagonal().mean()) + float(torch.finfo(moments.dtype).tiny)
+
+
+def inverse_factor(moments: torch.Tensor, share: float = DAMPING) -> torch.Tensor:
     """U, upper, with U^T U = H^-1.
 
     Args:
         moments: H, float32 `[width, width]`, symmetric; inputs that are always zero are allowed. Not changed.
+        share: Of the mean diagonal, added to the diagonal.
 
     Raises:
         StepError: Not positive definite after damping: the activations were NaN or infinite.
     """
     damped = moments.clone()
     diagonal = damped.diagonal()
-    diagonal += DAMPING * float(diagonal.mean()) + torch.finfo(damped.dtype).tiny
+    diagonal += damping(moments, share)
     diagonal[diagonal == 0] = 1.0
     lower, failed = torch.linalg.cholesky_ex(damped)
     if not int(failed):

@@ -110,18 +110,21 @@ def _price(
         if tensor.width % kind.block or (importance is None and kind.name in ggml.ABORTS_WITHOUT_IMATRIX):
             continue
         data = np.empty(len(sample.rows) * row_bytes(kind, tensor.width), dtype=np.uint8)
+        saved = 1.0  # ggml's cost over that with feedback
         if feedback and multiplied and kind.name in SCALAR:
-            factor, order = known.factor(tensor.name)
-            quadratic = quantize_rows_with_feedback(sample.rows, kind, data, importance, factor, order)
-            before, after = (float(sample.weights @ quadratic[:, i]) for i in (0, 1))
+            inputs = known.feedback(tensor.name)
+            damped = quantize_rows_with_feedback(
+                sample.rows, kind, data, importance, inputs.factor, inputs.order,
+                moments=inputs.moments, damping=inputs.damping,
+            )  # fmt: skip
+            before, after = sample.weights @ damped
+            saved = before / after if after > 0 else 1.0
         else:
             ggml.quantize_rows(sample.rows, kind, data, importance)
-            before = after = 0.0
         error = dequantize(data.reshape(len(sample.rows), -1), kind, tensor.width) - sample.rows
-        if multiplied and not (feedback and kind.name in SCALAR):
-            before = after = float(sample.weights @ known.quadratic(tensor.name, error))
+        cost = float(sample.weights @ known.quadratic(tensor.name, error)) if multiplied else 0.0
         looked = sample.lookups * float(np.square(error, dtype=np.float64).mean(axis=0) @ known.lookups) if table else 0
-        out[kind.name] = before + looked, after + looked
+        out[kind.name] = float(saved * cost + looked), cost + looked
     return out
 
 

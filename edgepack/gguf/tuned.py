@@ -36,9 +36,11 @@ class FeedbackEncoder:
 
     def quantize(self, name: str, rows: npt.NDArray[np.float32], kind: GgmlType, out: npt.NDArray[np.uint8]) -> None:
         """Quantize whole rows `[n, width]` into `out`."""
-        factor, order = self._moments.factor(name)
-        rows = np.ascontiguousarray(rows)
-        found = quantize_rows_with_feedback(rows, kind, out, self._moments.importance(name), factor, order)
+        known = self._moments.feedback(name)
+        found = quantize_rows_with_feedback(
+            np.ascontiguousarray(rows), kind, out, self._moments.importance(name), known.factor, known.order,
+            moments=known.moments, damping=known.damping,
+        )  # fmt: skip
         with self._lock:
             self._errors[name] += found.sum(axis=0)
 

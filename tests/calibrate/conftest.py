@@ -1,0 +1,8 @@
+"""Calibration is tested on the same random checkpoints as conversion."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent / "gguf"))
