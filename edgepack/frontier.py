@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgepack.errors import UsageError
 from edgepack.events import Listener
+from edgepack.gguf.size import parse_size
 from edgepack.planning import load_backend, make_plan
 from edgepack.store import Store
 from edgepack.targets import with_overrides
@@ -97,13 +98,15 @@ def measure(
         The document of frontier.json.
 
     Raises:
-        UsageError: The model can't be calibrated.
+        UsageError: The model can't be calibrated; no size, or no preset.
         BudgetError: A size is too small.
         StepError: A step failed.
     """
     threads = target.runtime.threads if target.device.is_this_machine else 0
     shop = Workshop(Store(), listener, threads or physical_cores(), evaluation=text)
-    sizes = list(sizes) or default_sizes(source, target)
+    sizes = [parse_size(size).name for size in sizes] or default_sizes(source, target)
+    for quantize in (*sizes, *presets):  # what can't be is refused before any work
+        make_plan(source, target, format="gguf", quantize=quantize)
     points = [_point(shop, source, target, text, size, "allocated") for size in sizes]
     with_imatrix = _with_imatrix(shop, source, target) if presets else target
     points += [_point(shop, source, with_imatrix, text, preset, "preset") for preset in presets]

@@ -20,19 +20,76 @@ def plan(*overrides: str, target: str = "laptop", quantize: str | None = None, m
     return pipeline.plan(model, target, quantize=quantize, overrides=overrides)
 
 
-def test_without_a_preset_the_best_candidate_that_fits_is_chosen() -> None:
+def test_with_room_for_the_best_candidate_it_is_chosen_without_calibration() -> None:
     free = plan()
-    assert free.quantize == free.target.quantize.candidates[0]
+    assert free.quantize == free.target.quantize.candidates[0] == "Q8_0"
+    assert free.notes == ()
+    exact = free.prediction.artifact_bytes
+    assert plan(f"budget.disk_mb={exact / 1e6}").quantize == "Q8_0"
+
+
+@pytest.mark.parametrize("budget", ["budget.disk_mb=3.2", "budget.disk_mb=2.3", "budget.ram_mb=58"])
+def test_a_smaller_budget_is_filled_with_calibrated_types(budget: str) -> None:
+    made = plan(budget)
+    assert made.quantize.endswith("bpw") and made.chosen_by == "budgets"
+    assert made.chosen.misses == () and not made.prediction.exact
+    fitting = [candidate for candidate in made.candidates[1:] if not candidate.misses]
+    assert all(candidate.prediction.artifact_bytes <= made.prediction.artifact_bytes for candidate in fitting)
+    assert any("windows of 512 tokens" in note for note in made.notes)
+    larger = plan(budget, quantize=f"{float(made.quantize[:-3]) + 0.01:.2f}bpw")
+    assert larger.chosen.misses  # to a hundredth of a bit
+
+
+def test_one_byte_less_than_the_best_candidate_needs_is_filled_to_the_hundredth() -> None:
+    size = plan(quantize="Q8_0").prediction.artifact_bytes
+    assert plan(f"budget.disk_mb={(size - 1) / 1e6}").prediction.artifact_bytes > 0.99 * size
+
+
+def without_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgepack.gguf.calibrated.available_memory_bytes", lambda: 1_000_000)
+
+
+def test_a_model_that_can_t_be_calibrated_gets_the_best_preset_and_is_told_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = plan()
+    without_calibration(monkeypatch)
     smaller = free.candidates[3].prediction.artifact_bytes
     bounded = plan(f"budget.disk_mb={smaller / 1e6}")
     assert bounded.quantize == free.candidates[3].quantize
     assert bounded.chosen_by == "budgets"
+    assert any("types can't be chosen by calibration: calibration needs" in note for note in bounded.notes)
 
 
-def test_one_byte_less_than_a_candidate_needs_excludes_it() -> None:
+def test_one_byte_less_than_a_preset_needs_excludes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_calibration(monkeypatch)
     size = plan(quantize="Q4_K_M").prediction.artifact_bytes
     assert plan("quantize.candidates=Q4_K_M,Q2_K", f"budget.disk_mb={size / 1e6}").quantize == "Q4_K_M"
     assert plan("quantize.candidates=Q4_K_M,Q2_K", f"budget.disk_mb={(size - 1) / 1e6}").quantize == "Q2_K"
+
+
+def test_a_calibration_of_hours_is_left_to_those_who_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgepack.gguf.calibrated.CORE_FLOPS", 1e6)  # a machine 30,000 times as slow
+    made = plan("budget.disk_mb=3.2")
+    assert made.quantize in made.target.quantize.candidates
+    (note,) = made.notes
+    assert "a preset was chosen, because calibration" in note and "min on this machine" in note and "--bpw N" in note
+    asked = plan("budget.disk_mb=3.2", quantize="4.5bpw")
+    assert asked.quantize == "4.50bpw" and "min on this machine" in asked.notes[0]
+
+
+def test_a_gguf_gets_a_preset_without_a_word(tmp_path: Path) -> None:
+    made = plan("budget.disk_mb=3.2", model=exported(EXAMPLE, "BF16", tmp_path))
+    assert made.quantize in made.target.quantize.candidates and made.notes == ()
+
+
+def test_a_size_is_planned_as_it_was_asked_for() -> None:
+    for asked, name in (("4.5bpw", "4.50bpw"), ("3.0MB", "3MB"), ("2900000", "2900000B"), ("4.456bpw", "4.456bpw")):
+        made = plan(quantize=asked)
+        assert made.quantize == name and made.chosen_by == "command line"
+        assert made.as_json()["prediction"]["artifact_bytes_exact"] is False
+    assert plan(quantize="3.0MB").prediction.artifact_bytes <= 3_000_000
+    assert plan("quantize.default=4.5bpw").chosen_by == "profile"
 
 
 def test_when_nothing_fits_the_refusal_says_by_how_much_and_what_would() -> None:

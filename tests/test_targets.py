@@ -272,7 +272,7 @@ def test_megabytes_given_as_gigabytes_are_noticed(tmp_path):
 
 def test_a_word_that_is_not_a_choice_shows_the_choices(tmp_path):
     message = refusal(MINIMAL.replace('"none"', '"cude"'), tmp_path)
-    assert "expected one of 'none', 'cuda', 'metal', 'vulkan'; did you mean 'cuda'?" in message
+    assert "expected one of 'none', 'cuda', 'metal', 'vulkan', 'npu'; did you mean 'cuda'?" in message
 
 
 def test_all_problems_are_told_at_once(tmp_path):
@@ -332,7 +332,7 @@ def test_unknown_presets_and_types_suggest_the_nearest(tmp_path):
         MINIMAL + "[quantize]\ndefault = 'Q4_KM'\ncandidates = ['Q8', 'Q8_0']\n[quantize.tensors]\n'blk.*' = 'Q4_K_M'\n"
     )
     message = refusal(text, tmp_path)
-    assert "[quantize] default = 'Q4_KM': expected 'auto' or a preset; did you mean 'Q4_K_M'?" in message
+    assert "default = 'Q4_KM': expected 'auto', a preset or a size such as 4.5bpw; did you mean 'Q4_K_M'?" in message
     assert "did you mean 'Q8_0'?" in message
     assert "[quantize.tensors] 'blk.*' = 'Q4_K_M': expected a tensor type; did you mean 'Q4_K'?" in message
 

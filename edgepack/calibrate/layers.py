@@ -209,10 +209,6 @@ class Forward:
         with _skipping(self._layers[:block], self._layers[block:], self._inputs, block):
             return self.logits()
 
-    def logits_after_layers(self) -> torch.Tensor:
-        """The logits when nothing before the output matrix has changed since `remember`."""
-        return self.logits_from(len(self._layers) - 1)
-
 
 def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
     found: torch.Tensor = args[0] if args else kwargs["hidden_states"]

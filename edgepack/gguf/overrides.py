@@ -9,6 +9,7 @@ the most literal one wins (the most characters that are not wildcards), so their
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -16,9 +17,13 @@ from edgepack.errors import UsageError
 from edgepack.gguf.ggml import QUANTIZABLE
 from edgepack.gguf.types import TYPES, GgmlType
 
+_WILDCARD = re.compile(r"[*?\[]")
+
 
 def matches(pattern: str, name: str) -> bool:
     """Whether `pattern` selects the tensor `name`, by the rule above."""
+    if not _WILDCARD.search(pattern):
+        return f".{pattern}." in f".{name}."  # a map of all tensors has as many patterns as names
     return fnmatchcase(f".{name}.", f"*.{pattern}.*")
 
 

@@ -61,6 +61,6 @@ def parse_size(text: str) -> Size:
 
 def _plain(number: Decimal, decimals: int) -> str:
     """A number with all its digits, at least so many of them decimals, and no zeros after those."""
-    least = Decimal(1).scaleb(-decimals)
-    short = number.normalize()
-    return f"{short.quantize(least) if short.as_tuple().exponent > -decimals else short:f}"
+    whole, _, part = f"{number:f}".partition(".")
+    part = part.rstrip("0").ljust(decimals, "0")
+    return f"{whole.lstrip('0') or '0'}{'.' if part else ''}{part}"

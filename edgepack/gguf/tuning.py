@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -88,21 +89,23 @@ class Room:
         model: The model.
         fixed: Bytes of headers and of the tensors that stay as they are.
         kinds: Tensor -> types it may be given.
+        sizes: Tensor -> type -> bytes in the file, padding included.
     """
 
     model: ModelSpec
     fixed: int
     kinds: Mapping[str, tuple[str, ...]]
+    sizes: Mapping[str, Mapping[str, int]]
 
     @property
     def least(self) -> int:
         """Bytes of the smallest file that can be made."""
-        return self.fixed + sum(min(self.nbytes(name, kind) for kind in kinds) for name, kinds in self.kinds.items())
+        return self.fixed + sum(min(sizes.values()) for sizes in self.sizes.values())
 
     @property
     def most(self) -> int:
         """Bytes of the largest file that types on offer make."""
-        return self.fixed + sum(max(self.nbytes(name, kind) for kind in kinds) for name, kinds in self.kinds.items())
+        return self.fixed + sum(max(sizes.values()) for sizes in self.sizes.values())
 
     def bits_per_weight(self, total_bytes: int) -> float:
         """Bits of tensor data per weight of a file of so many bytes."""
@@ -114,7 +117,7 @@ class Room:
 
     def nbytes(self, name: str, kind: str) -> int:
         """Bytes a tensor takes in the file, padding included."""
-        return _nbytes(self._tensor(name), kind)
+        return self.sizes[name][kind]
 
     def budget(self, size: Size) -> int:
         """Bytes of the whole file that a size allows."""
@@ -122,9 +125,6 @@ class Room:
             return size.total_bytes
         bits = (size.bits_per_weight or 0.0) * self.model.parameters
         return int(bits / 8) - self._kept + self.fixed
-
-    def _tensor(self, name: str) -> TensorSpec:
-        return next(tensor for tensor in self.model.tensors if tensor.name == name)
 
 
 def _nbytes(tensor: TensorSpec, kind: str) -> int:
@@ -140,18 +140,22 @@ def room(
     shard_bytes: int | None,
     extra_metadata: Metadata,
 ) -> Room:
-    """Measure the parts of the file that do not depend on types."""
-    layout = plan_layout(
-        model, "Q8_0", overrides=overrides, imatrix=imatrix, shard_bytes=shard_bytes, extra_metadata=extra_metadata
-    )
+    """Measure the parts of the file that do not depend on types; of a split file, the most that they can take."""
     matrices = [tensor for tensor in model.tensors if not tensor.keep_f32]
-    fixed = layout.total_bytes - sum(_nbytes(tensor, layout.types[tensor.name].name) for tensor in matrices)
     pinned = match_overrides([tensor.name for tensor in matrices], [tensor.name for tensor in model.tensors], overrides)
     offered = {
         tensor.name: (pinned[tensor.name][1].name,) if tensor.name in pinned else _fitting(tensor, kinds, model)
         for tensor in matrices
     }
-    return Room(model, fixed, offered)
+    largest = {tensor.name: max(offered[tensor.name], key=partial(_nbytes, tensor)) for tensor in matrices}
+    layout = plan_layout(
+        model, "Q8_0", overrides=largest, imatrix=imatrix, shard_bytes=shard_bytes, extra_metadata=extra_metadata
+    )
+    fixed = layout.total_bytes - sum(_nbytes(tensor, largest[tensor.name]) for tensor in matrices)
+    if len(layout.shards) > 1:  # the largest types make most shards; smaller ones pad their headers differently
+        fixed += ALIGNMENT * len(layout.shards)
+    sizes = {tensor.name: {kind: _nbytes(tensor, kind) for kind in offered[tensor.name]} for tensor in matrices}
+    return Room(model, fixed, offered, sizes)
 
 
 def _fitting(tensor: TensorSpec, kinds: Sequence[str], model: ModelSpec) -> tuple[str, ...]:
@@ -209,7 +213,7 @@ def refuse_too_small(where: Room, size: Size) -> None:
         return
     layers = max(1, where.model.layers)
     inside = [name for name in where.kinds if name.startswith("blk.")]
-    layer = sum(min(where.nbytes(name, kind) for kind in where.kinds[name]) for name in inside) // layers
+    layer = sum(min(where.sizes[name].values()) for name in inside) // layers
     dropped = math.ceil((where.least - budget) / layer) if layer else layers
     hint = f"The least is {where.least:,} bytes with the types this target's engine runs well."
     if dropped < layers:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgepack.backend import Backend, Candidate, Described
-from edgepack.errors import InputRefused
+from edgepack.errors import InputRefused, UsageError
+from edgepack.gguf.size import is_size
 from edgepack.events import step
 from edgepack.onnx import app_files, decoder_steps, encoder_steps, providers
 from edgepack.onnx.tasks import kind_of
@@ -56,6 +57,11 @@ def names(described: Described, target: Target) -> Sequence[str]:
 
 def candidate(described: Described, source: Source, target: Target, quantize: str) -> Candidate:
     """One quantization and what it is predicted to cost."""
+    if is_size(quantize):
+        raise UsageError(
+            f"{quantize}: ONNX is quantized by recipe, not to a size",
+            hint="Name one with --quantize; int4-mixed takes its size from --set onnx.bits_per_weight=N.",
+        )
     return _side(described.embedding).candidate(described, source, target, quantize)
 
 
