@@ -100,7 +100,7 @@ def main() -> None:
         moments = open_moments(out)
         loaded = load_model(model)
         matrix_of = matrices(loaded, spec)
-        forward = Forward(loaded, pieces, spec.layers)
+        forward = Forward(loaded, pieces)
         reference = torch.log_softmax(forward.logits(), dim=-1)
         draw = random.Random(20260101)
         maps = [{name: draw.choice(KINDS) for name in matrix_of} for _ in range(arguments.maps)]

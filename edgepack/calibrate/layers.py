@@ -159,91 +159,28 @@ def row_order(tensor: TensorSpec, matrix: Matrix) -> torch.Tensor:
 
 
 class Forward:
-    """The model on fixed windows: whole, or from a layer on with everything before it remembered.
+    """The model on fixed windows.
 
     Args:
         model: From `load_model`.
         windows: Token ids, `[windows, tokens]`, all of one length.
-        blocks: Transformer blocks of the model.
     """
 
-    def __init__(self, model: Any, windows: Sequence[Sequence[int]], blocks: int) -> None:
+    def __init__(self, model: Any, windows: Sequence[Sequence[int]]) -> None:
         self._model = model
         self._ids = torch.tensor(windows)
-        self._layers = _layer_list(model, blocks)
-        self._inputs: list[torch.Tensor] = []
 
     def logits(self) -> torch.Tensor:
-        """Logits `[windows x scored positions, vocabulary]`, float32."""
+        """Logits `[windows x scored positions, vocabulary]`, float32.
+
+        Raises:
+            StepError: NaN or infinite ones.
+        """
         with torch.no_grad():
             found: torch.Tensor = self._model(self._ids, use_cache=False).logits[:, FIRST_SCORED:-1]
         if not torch.isfinite(found).all():
             raise StepError("calibration: the model gives NaN or infinite logits on the calibration text")
         return found.flatten(0, 1)
-
-    def remember(self) -> torch.Tensor:
-        """The logits, keeping the input of every layer for `logits_from`."""
-        inputs: list[torch.Tensor] = []
-        handles = [
-            layer.register_forward_pre_hook(
-                lambda module, args, kwargs: inputs.append(_hidden(args, kwargs)), with_kwargs=True
-            )
-            for layer in self._layers
-        ]
-        try:
-            found = self.logits()
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._inputs = inputs
-        return found
-
-    def logits_from(self, block: int | None) -> torch.Tensor:
-        """The logits when only layers from `block` on (and what follows them) have changed since `remember`.
-
-        Args:
-            block: First changed layer; None computes everything (the embedding has changed).
-        """
-        if block is None or not self._inputs:
-            return self.logits()
-        with _skipping(self._layers[:block], self._layers[block:], self._inputs, block):
-            return self.logits()
-
-
-def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    found: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-    return found
-
-
-def _layer_list(model: Any, blocks: int) -> list[Any]:
-    """The transformer blocks, in order."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == blocks]
-    if not lists:
-        raise StepError(f"calibration: {type(model).__name__} has no list of {blocks} layers")
-    return list(lists[0])
-
-
-@contextmanager
-def _skipping(
-    before: Sequence[Any], after: Sequence[Any], inputs: Sequence[torch.Tensor], block: int
-) -> Iterator[None]:
-    """Layers before a block hand on what they get; the block is given what it was given before."""
-    kept = inputs[block]
-
-    def given(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if args:
-            return (kept, *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": kept}
-
-    handle = after[0].register_forward_pre_hook(given, with_kwargs=True)
-    for layer in before:
-        layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
-    try:
-        yield
-    finally:
-        handle.remove()
-        for layer in before:
-            del layer.forward
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgepack.backend import Backend, Candidate, Described
 from edgepack.errors import InputRefused, UsageError
-from edgepack.gguf.size import is_size
 from edgepack.events import step
+from edgepack.gguf.size import is_size
 from edgepack.onnx import app_files, decoder_steps, encoder_steps, providers
 from edgepack.onnx.tasks import kind_of
 from edgepack.worker import run

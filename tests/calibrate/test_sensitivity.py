@@ -54,7 +54,7 @@ class Measured:
         self.model, spec = load_model(EXAMPLE), describe(EXAMPLE)
         self.matrices = matrices(self.model, spec)
         text = calibration_text(str(default_evaluation_text()), EXAMPLE)
-        self.forward = Forward(self.model, calibration_windows(EXAMPLE, text, 512, 1), spec.layers)
+        self.forward = Forward(self.model, calibration_windows(EXAMPLE, text, 512, 1))
         self.reference = torch.log_softmax(self.forward.logits(), -1)
         self._made: dict[tuple[str, str], torch.Tensor] = {}
 

@@ -175,31 +175,23 @@ def test_a_model_that_gives_nan_is_refused(made: Made) -> None:
     with pytest.raises(InputRefused, match=r"lm_head\.weight: 1 of 20480 weights are NaN or infinite"):
         Collector(model, WINDOWS).gradients(layers)
     with pytest.raises(StepError, match="NaN or infinite logits"):
-        Forward(model, [ids * 2 for ids in WINDOWS], 2).logits()
+        Forward(model, [ids * 2 for ids in WINDOWS]).logits()
     model.get_output_embeddings().weight.data[5] = 3e38  # finite, and its product is not
     with pytest.raises(StepError, match="NaN or infinite"):
         Collector(model, WINDOWS).gradients(layers)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
-def test_logits_from_a_layer_on_are_those_of_the_whole_model(made: Made, name: str) -> None:
-    folder = made(name)
+def test_replaced_values_are_used_and_taken_back(made: Made) -> None:
+    folder = made("gpt2")
     model, spec = load_model(folder), describe(folder)
-    forward = Forward(model, [ids + ids for ids in WINDOWS], spec.layers)
-    whole = forward.remember()
+    forward = Forward(model, [ids + ids for ids in WINDOWS])
+    whole = forward.logits()
     for matrix in matrices(model, spec).values():
-        changed = matrix.rows * 1.01
         before = matrix.rows.clone()
-        with replaced(matrix, changed):
-            expected = Forward(model, [ids + ids for ids in WINDOWS], spec.layers).logits()
-            assert torch.equal(matrix.rows, changed)
-            found = forward.logits_after_layers() if matrix.block is None and not matrix.looked_up else None
-            if matrix.name == "token_embd.weight" or found is None:
-                found = forward.logits_from(matrix.block)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        with replaced(matrix, matrix.rows * 1.01):
+            assert not torch.equal(whole, forward.logits())
         assert torch.equal(matrix.rows, before)
-        assert not torch.equal(whole, expected)
-    torch.testing.assert_close(forward.logits(), whole)
+    assert torch.equal(forward.logits(), whole)
 
 
 def test_mean_kld_is_that_of_float64() -> None:
