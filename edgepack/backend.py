@@ -107,6 +107,12 @@ class Backend(Protocol):
     ) -> dict[str, Any]:
         """Rows that hold the artifact against its source."""
 
+    def conversion(self, shop: Workshop, source: Source, target: Target, *, parameters: int) -> dict[str, Any]:
+        """Whether the format reads the source as transformers does, where `fidelity` is held against another model.
+
+        Empty where the export itself has compared them.
+        """
+
     def latency(self, shop: Workshop, target: Target, artifact: Path, digest: str, context: int) -> dict[str, Any]:
         """Rows of speed and memory on this machine."""
 

@@ -35,10 +35,23 @@ class Build:
         plan: What to build.
         text: Evaluation text.
         listener: Told about steps and progress.
+        original: What the source was pruned from; None where nothing was.
+        pruning: What was pruned and what that cost, `edgepack-prune.json`.
     """
 
-    def __init__(self, source: Source, plan: Plan, text: Path, listener: Listener) -> None:
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        text: Path,
+        listener: Listener,
+        *,
+        original: Source | None = None,
+        pruning: Mapping[str, Any] | None = None,
+    ) -> None:
         self.source = source
+        self.original = original or source
+        self.pruning = pruning
         self.plan = plan
         self.text = text
         self.listener = listener
@@ -73,10 +86,20 @@ class Build:
         plan = self.plan
         if not plan.target.measure.fidelity:
             return {"rows": []}
+        parameters = plan.parameters if self.pruning is None else int(self.pruning["before"]["parameters"])
         found = self.backend.fidelity(
-            self.shop, self.source, plan.target, exported.path, exported.digest, self.text, parameters=plan.parameters
+            self.shop, self._reference(), plan.target, exported.path, exported.digest, self.text, parameters=parameters
         )
+        if self._reference() is not self.source:
+            # what it was held against is not what it was made from: that this was read rightly is a question of its own
+            logits = self.backend.conversion(self.shop, self.source, plan.target, parameters=plan.parameters)
+            found = dict(found) | ({"logits": logits} if logits else {})
         return {name: found[name] for name in ("rows", "logits", "reference", "machine", "details") if name in found}
+
+    def _reference(self) -> Source:
+        """What fidelity is measured against: the original, unless its tokens are not those of the artifact."""
+        fewer_tokens = self.pruning is not None and "vocabulary" in self.pruning["removed"]
+        return self.source if fewer_tokens else self.original
 
     def _time(self, exported: Exported, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The rows with those of speed and memory added, if this machine is the target; nothing runs beside it."""
@@ -126,7 +149,7 @@ class Build:
                 folder,
                 name=self.source.name,
                 target=target,
-                source=self.source,
+                source=self.original,
                 recipe=self._recipe(exported),
                 toolchain=versions() | self.backend.toolchain(exported),
                 runtime=self.backend.runtime(plan, exported),
@@ -137,7 +160,7 @@ class Build:
                 tokenizer=self.backend.tokenizer(self.source, exported),
                 samples=samples,
                 details=evidence.get("details"),
-                pictures=self._pictures(exported, rows),
+                pictures=self._pictures(exported, rows) | self._waterfall(exported, rows),
                 conformance={name: evidence[name] for name in CONFORMANCE if name in evidence},
                 licences=licence_texts(self.source.path),
                 known_sha256={f"model/{name}": entry.files[name].sha256 for name in exported.files},
@@ -145,7 +168,7 @@ class Build:
 
         published = publish(write, output, force=force)
         self.shop.store.settle(entry)
-        source_index.remember(self.shop.store, self.source)
+        source_index.remember(self.shop.store, self.original)
         return read_package(published)
 
     def _pictures(self, exported: Exported, rows: list[Measurement]) -> dict[str, Any]:
@@ -173,22 +196,42 @@ class Build:
         }
         return {"points": [point for point in (chosen, preset) if point]}
 
+    def _waterfall(self, exported: Exported, rows: list[Measurement]) -> dict[str, Any]:
+        """The steps from source to artifact, where there were any before quantization."""
+        if self.pruning is None:
+            return {}
+        from edgepack.prune.record import waterfall
+
+        values = {row.name: row.value for row in rows}
+        return {"waterfall": waterfall(self.pruning, self.plan.quantize, exported.size, values)}
+
     def _recipe(self, exported: Exported) -> dict[str, Any]:
         """Every option that shaped the artifact, with what came of it for each tensor."""
         quantize = self.plan.target.quantize
-        return {
-            "format": self.plan.format,
-            "quantize": self.plan.quantize,
-            "chosen_by": self.plan.chosen_by,
-            "overrides": dict(quantize.tensors),
-            "imatrix_sha256": sha256(quantize.imatrix) if quantize.imatrix else None,
-            "allow_nonfinite": quantize.allow_nonfinite,
-            "shard_mb": self.plan.target.delivery.shard_mb,
-            "architecture": self.plan.architecture,
-            "parameters": self.plan.parameters,
-            "context": self.plan.context,
-            "embedding": self.plan.embedding,
-        } | self.backend.recipe(exported)
+        return (
+            {
+                "format": self.plan.format,
+                "quantize": self.plan.quantize,
+                "chosen_by": self.plan.chosen_by,
+                "overrides": dict(quantize.tensors),
+                "imatrix_sha256": sha256(quantize.imatrix) if quantize.imatrix else None,
+                "allow_nonfinite": quantize.allow_nonfinite,
+                "shard_mb": self.plan.target.delivery.shard_mb,
+                "architecture": self.plan.architecture,
+                "parameters": self.plan.parameters,
+                "context": self.plan.context,
+                "embedding": self.plan.embedding,
+            }
+            | self._pruning_record()
+            | self.backend.recipe(exported)
+        )
+
+    def _pruning_record(self) -> dict[str, Any]:
+        if self.pruning is None:
+            return {}
+        from edgepack.prune.record import in_manifest
+
+        return {"prune": in_manifest(self.pruning)}
 
 
 def licence_texts(source: Path) -> dict[str, bytes]:

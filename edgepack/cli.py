@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -93,6 +94,7 @@ def cli() -> None:
 @_calibration
 @_refine
 @_evaluation
+@click.option("--prune", "pruning", metavar="KEY=N,...", help="Leave parts out first: depth=2,ffn=1024.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @_json
@@ -110,6 +112,7 @@ def build(
     calibration: str | None,
     refine: str | None,
     evaluation: Path | None,
+    pruning: str | None,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -127,6 +130,9 @@ def build(
     from edgepack import pipeline, render
 
     overrides, quantize = _with_text(overrides, calibration, refine), _sized(quantize, size, bpw)
+    if dry_run and pruning is not None:
+        hint = "Prune with `edgepack prune MODEL -o DIR`, then `edgepack plan DIR`."
+        raise UsageError("--dry-run can't say what pruning would choose without doing it", hint=hint)
     if dry_run:
         plan = pipeline.plan(model, target, format=format, quantize=quantize, overrides=overrides)
         _show_plan(plan.as_json(), as_json)
@@ -134,7 +140,7 @@ def build(
     with _steps(quiet, verbose) as listener:
         package = pipeline.build(
             model, target, output, format=format, quantize=quantize, overrides=overrides, evaluation=evaluation,
-            force=force, listener=listener,
+            prune=pruning, force=force, listener=listener,
         )  # fmt: skip
     status = pipeline.exit_status(package)
     if as_json:
@@ -393,6 +399,69 @@ def imatrix(
         console.emit_text(f"imatrix: {written}")
 
 
+@cli.command(epilog=DOCS)
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Must not exist.")
+@click.option("--depth", type=int, metavar="N", help="Drop N layers, chosen by --method.")
+@click.option("--layers", metavar="N,...", help="Drop these layers, counted from 0.")
+@click.option(
+    "--method",
+    type=click.Choice(["greedy", "influence", "angular"]),
+    help="How layers are chosen.  [default: greedy, by KL divergence]",
+)
+@click.option("--ffn", type=int, metavar="WIDTH", help="Neurons that stay in every layer, a multiple of 256.")
+@click.option("--kv-heads", type=int, metavar="N", help="Key-value heads that stay, with their query heads.")
+@click.option("--vocabulary", multiple=True, metavar="FILE", help="Keep the tokens of this text; may be repeated.")
+@click.option("--sparsity", metavar="PATTERN", help="wanda:0.5, magnitude:0.5 or 2:4; makes nothing smaller.")
+@click.option("--calibration", metavar="FILE|FOLDER|hub:NAME", help="Text to choose on.  [default: the one that ships]")
+@click.option("--windows", type=click.IntRange(min=2), help="Windows of it.  [default: 16]")
+@_evaluation
+@_json
+@_quiet
+@_verbose
+def prune(
+    model: str,
+    output: Path,
+    depth: int | None,
+    layers: str | None,
+    method: str | None,
+    ffn: int | None,
+    kv_heads: int | None,
+    vocabulary: tuple[str, ...],
+    sparsity: str | None,
+    calibration: str | None,
+    windows: int | None,
+    evaluation: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Leave out of MODEL what it can best do without; write a model folder.
+
+    \b
+      edgepack prune ./my-model -o pruned/ --depth 2
+
+    The folder is one that transformers loads and `edgepack build` takes; what went and what it cost is in its
+    edgepack-prune.json.
+    """
+    from edgepack import render
+    from edgepack.prune import command
+    from edgepack.prune.request import make
+
+    request = make(
+        depth=depth, layers=layers, method=method, ffn=ffn, kv_heads=kv_heads, vocabulary=vocabulary, sparsity=sparsity
+    )
+    with _steps(quiet, verbose) as listener:
+        folder, document = command.prune(
+            model, output, request, calibration=calibration, evaluation=evaluation,
+            windows=windows or command.WINDOWS, listener=listener,
+        )  # fmt: skip
+    if as_json:
+        console.emit_json({"path": str(folder)} | document)
+    else:
+        render.show_pruning(document, folder)
+
+
 def _listed(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip() and part.strip() != "none"]
 
@@ -571,12 +640,12 @@ def _sized(quantize: str | None, size: str | None, bpw: float | None) -> str | N
     given = [name for name, value in (("--quantize", quantize), ("--size", size), ("--bpw", bpw)) if value is not None]
     if len(given) > 1:
         raise UsageError(f"{given[0]} and {given[1]} say different things of one file", hint="Give one of them.")
-    if bpw is not None:
-        return f"{bpw:g}bpw"
-    if size is None:
+    if size is None and bpw is None:
         return quantize
     from edgepack.gguf.size import parse_size
 
+    if size is None:
+        return parse_size(f"{Decimal(str(bpw)):f}bpw").name
     asked = parse_size(size)
     if asked.total_bytes is None:
         raise UsageError(f"--size {size}: expected bytes, such as 2.0GB", hint=f"Say --bpw {asked.bits_per_weight:g}.")

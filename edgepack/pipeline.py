@@ -20,6 +20,7 @@ from edgepack.measurement import Measurement, PackageVerdict
 if TYPE_CHECKING:
     from edgepack.package import Package
     from edgepack.planning import Plan
+    from edgepack.prune.request import Request
     from edgepack.source import Source
     from edgepack.targets import Target
 
@@ -66,6 +67,7 @@ def build(
     quantize: str | None = None,
     overrides: Sequence[str] = (),
     evaluation: str | Path | None = None,
+    prune: str | None = None,
     force: bool = False,
     listener: Listener = silent,
 ) -> Package:
@@ -79,6 +81,8 @@ def build(
         quantize: Preset such as `Q4_K_M`; None lets the plan pick the best that fits the budgets.
         overrides: `key=value` pairs as on the command line.
         evaluation: UTF-8 text to measure fidelity on; None takes the text that ships with edgepack.
+        prune: What to leave out first, such as `depth=2,ffn=1024`; see `edgepack.prune.request.parse`. Fidelity is
+            then measured against the model before it.
         force: Replace `output` if it exists.
         listener: Told about steps and progress.
 
@@ -94,20 +98,32 @@ def build(
     """
     from edgepack.building import Build
     from edgepack.planning import make_plan
+    from edgepack.prune.command import pruned_source
     from edgepack.publish import check_output
+    from edgepack.store import Store
+    from edgepack.workshop import Workshop, physical_cores
 
     resolved = _target(target, overrides)
     destination = Path(output) if output is not None else None
     if destination is not None:
         check_output(destination, force=force)
     text = _evaluation_text(evaluation)
+    request = None if prune is None else _prune_request(prune)
     source = _resolve(model, listener)
     if destination is None:
         destination = Path(f"{source.name}-{resolved.name}")
         check_output(destination, force=force)
+    original, pruning = None, None
+    if request is not None:
+        original = _hash(source, listener)
+        shop = Workshop(Store(), listener, physical_cores(), evaluation=text)  # holds its entry until the end
+        source, pruning = pruned_source(
+            shop, original, request, calibration=resolved.quantize.calibration, evaluation=text
+        )
     made = make_plan(source, resolved, format=format, quantize=quantize)
     listener(Event("note", "plan", _plan_in_words(made)))
-    return Build(_hash(source, listener), made, text, listener).run(destination, force=force)
+    hashed = source if source.files else _hash(source, listener)
+    return Build(hashed, made, text, listener, original=original, pruning=pruning).run(destination, force=force)
 
 
 @dataclass(frozen=True)
@@ -340,6 +356,12 @@ def _evaluation_text(evaluation: str | Path | None) -> Path:
     if not Path(evaluation).is_file():
         raise UsageError(f"--evaluation: {evaluation} is not a file", hint="Name a UTF-8 text file.")
     return Path(evaluation)
+
+
+def _prune_request(text: str) -> Request:
+    from edgepack.prune.request import parse
+
+    return parse(text)
 
 
 def _plan_in_words(made: Plan) -> str:

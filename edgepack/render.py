@@ -43,6 +43,37 @@ def show_plan(document: Mapping[str, Any]) -> None:
         console.emit_text(f"{note[:1].upper()}{note[1:]}.")
 
 
+def show_pruning(document: Mapping[str, Any], folder: Path) -> None:
+    """Print what every step of pruning took away and what it cost, and what to do next."""
+    rows = []
+    for row in (document["before"], *document["steps"]):
+        vectors = "cosine_mean" in row
+        near = row["cosine_mean"] if vectors else row.get("mean_kld")
+        rows.append(
+            (
+                row["step"].replace("_", " "),
+                f"{row['bytes'] / 1e6:,.1f}",
+                f"{row['parameters'] / 1e6:,.2f}",
+                f"{row['flops_per_token'] / 1e6:,.1f}",
+                "-" if near is None else f"{near:.4g}",
+                f"{row['ci95'][0]:.4g} to {row['ci95'][1]:.4g}" if row.get("ci95") else "-",
+                f"{row['perplexity']:.4g}" if "perplexity" in row else "-",
+                f"{row['top1_agreement']:.4f}" if "top1_agreement" in row else "-",
+            )
+        )
+    near_name = "cosine" if "cosine_mean" in document["steps"][-1] else "mean KLD"
+    columns = ("after", "weights MB", "parameters M", "MFLOP/token", near_name, "95 %", "perplexity", "agreement")
+    console.emit_table(columns, rows)
+    thin = document.get("sparsity")
+    if thin:
+        console.emit_text(
+            f"\n{thin['zero_share']:.1%} of {thin['weights'] / 1e6:,.1f}M weights are zero; the file has "
+            f"{thin['file_bytes'] / 1e6:,.1f} MB ({thin['gzip_bytes'] / 1e6:,.1f} MB through gzip, the source "
+            f"{thin['source_gzip_bytes'] / 1e6:,.1f} MB): {thin['note']}."
+        )
+    console.emit_text(f"\nmodel: {folder}\nnext:  edgepack build {folder} -t TARGET")
+
+
 def show_frontier(document: Mapping[str, Any], folder: Path) -> None:
     """Print the points by size, and where the picture is."""
     rows = [

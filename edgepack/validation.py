@@ -81,7 +81,11 @@ def _fidelity(shop: Workshop, package: Package, target: Target, source: str | No
             Event("note", "fidelity", "the source model is not here: name it with --source to measure fidelity")
         )
         return []
-    parameters = int(package.manifest["recipe"]["parameters"])
+    recipe = package.manifest["recipe"]
+    if "vocabulary" in (recipe.get("prune") or {}).get("removed", {}):
+        shop.listener(Event("note", "fidelity", "its vocabulary was pruned: it can't be held against the source"))
+        return []
+    parameters = int(recipe["parameters"])
     evidence = _backend(package).fidelity(shop, found, target, package.artifact, "", text, parameters=parameters)
     return list(evidence["rows"])
 

@@ -284,6 +284,18 @@ def fidelity(
     return dict(found)
 
 
+def conversion(shop: Workshop, source: Source, target: Target, *, parameters: int) -> dict[str, Any]:
+    """A float32 GGUF of the source against transformers: needed where fidelity is measured against another model."""
+    kind = reference_type(target, source, parameters)
+    with (
+        step(shop.listener, "conversion", f"{_named(kind)} against transformers") as handle,
+        _reference(shop, source, kind) as reference,
+    ):
+        found = _logits(shop, source, reference, kind, parameters)
+        handle.outcome = f"mean_kld {found['mean_kld']:.2g}" if found["compared"] else str(found["note"])
+    return found
+
+
 def latency(shop: Workshop, target: Target, artifact: Path, digest: str, context: int) -> dict[str, Any]:
     """Time to first token and decode rate (latency for an embedder), load time and peak memory on this machine."""
     measure = target.measure

@@ -117,6 +117,8 @@ def obstacle(model: ModelSpec, source: Source, target: Target) -> str | None:
         return "it is an embedder, and sensitivity is measured on next-token predictions"
     if model.experts:
         return "it has experts, which calibration does not know"
+    if model.context_length < WINDOW_TOKENS:
+        return f"its context is {model.context_length} tokens, and calibration reads windows of {WINDOW_TOKENS}"
     if target.quantize.imatrix:
         return "quantize.imatrix is set, and calibration gathers its own"
     need, free = cost(model, target).memory_bytes, available_memory_bytes()

@@ -1,0 +1,1 @@
+"""Repairing a damaged model by distilling the original into it."""

@@ -1,0 +1,334 @@
+"""The training loop: a student towards a frozen teacher, kept only where held-out text says it is better.
+
+AdamW (Loshchilov and Hutter, arXiv:1711.05101) with warm-up and decay, gradients accumulated over as many micro-batches
+as memory asks for. The student is scored on held-out windows before the first step and at even distances; the masters
+that scored best are what it ends with, so that training can't make it worse. A run notes down its state
+(`journal.py`): killed at any time it goes on to the same numbers, on the same machine with the same threads.
+
+Knows nothing of what is wrong with the student (fewer layers, coarser numbers): `weights.py` and `objective.py` do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgepack.errors import StepError
+from edgepack.heal.journal import Journal
+from edgepack.heal.memory import micro_batch
+from edgepack.heal.objective import Objective
+from edgepack.heal.schedule import Decay, learning_rate
+from edgepack.heal.weights import FullWeights, Weights
+from edgepack.measure import bootstrap
+from edgepack.worker import Progress, no_progress
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Args:
+        tokens: To train on, counted with repetitions; rounded up to whole batches.
+        learning_rate: Peak.
+        batch_windows: Windows of a step.
+        warmup: Steps of rising rate.
+        decay: How the rate falls after them.
+        final: Share of the peak it falls to.
+        weight_decay: Of AdamW; a short repair needs none.
+        clip: Longest gradient.
+        evaluations: How often held-out text is scored after the first time.
+        micro_batch: Windows of one pass; None takes what fits in memory, at most `CPU_WINDOWS` on a CPU.
+        checkpointing: Compute activations twice instead of keeping them (models of transformers).
+        save_seconds: Time between two states on disk.
+        seed: Of the order of windows.
+    """
+
+    tokens: int
+    learning_rate: float
+    batch_windows: int = 32
+    warmup: int = 20
+    decay: Decay = "cosine"
+    final: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    evaluations: int = 8
+    micro_batch: int | None = None
+    checkpointing: bool = False
+    save_seconds: float = 60.0
+    seed: int = 20260301
+
+
+def paced(tokens: int, window_tokens: int, learning_rate: float) -> Settings:
+    """Settings for a number of tokens: 32 windows a step, fewer where that would leave less than 100 steps.
+
+    32 x 512 tokens, a warm-up of 20 steps and a cosine to 5 % are those of the study in docs/refining.md.
+    """
+    windows = max(1, tokens // window_tokens)
+    batch = min(32, max(4, windows // 100))
+    steps = math.ceil(windows / batch)
+    return Settings(tokens, learning_rate, batch_windows=batch, warmup=max(1, min(20, steps // 10)))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training did.
+
+    Args:
+        steps: Of the optimizer.
+        tokens: Trained on.
+        best_step: The step whose masters were kept; 0: nothing was better than the start.
+        before: Held-out score of every window at the start.
+        after: The same of what was kept.
+        history: `step`, `loss`, `learning_rate`; `held_out` where it was scored.
+    """
+
+    steps: int
+    tokens: int
+    best_step: int
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    history: tuple[Mapping[str, float], ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For manifests: means with 95 % confidence intervals, windows drawn with replacement and in pairs."""
+        before, after = np.array(self.before)[:, None], np.array(self.after)[:, None]
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "best_step": self.best_step,
+            "held_out_windows": len(before),
+            "before": _estimate(before),
+            "after": _estimate(after),
+            "difference": _estimate(after - before),
+            "held_out": [
+                {"step": int(row["step"]), "kld": float(f"{row['held_out']:.6g}")}
+                for row in self.history
+                if "held_out" in row
+            ],
+        }
+
+
+def _estimate(samples: Any) -> dict[str, Any]:
+    found = bootstrap.mean(samples)
+    return {"kld": float(f"{found.value:.6g}"), "ci95": found.ci95 and [float(f"{end:.6g}") for end in found.ci95]}
+
+
+def distill(
+    student: Any,
+    objective: Objective,
+    training: torch.Tensor,
+    held_out: torch.Tensor,
+    settings: Settings,
+    *,
+    journal: Path,
+    weights: Weights | None = None,
+    progress: Progress = no_progress,
+) -> Outcome:
+    """Train a student in place; it ends with the weights that scored best on held-out windows.
+
+    Args:
+        student: On the device to train on; changed. Dropout is off.
+        objective: What it is trained towards, for example `TowardsTeacher(teacher)`.
+        training: Token ids `[windows, tokens]`: packed, no padding; passed as often as `settings.tokens` asks for, in
+            another order each time.
+        held_out: Windows `[windows, tokens]` that are none of them.
+        settings: See `Settings`; `paced` makes some.
+        journal: Folder that outlives a killed process; the caller removes it when the result is safe.
+        weights: What to change; None changes every parameter that asks for gradients.
+        progress: In tokens.
+
+    Raises:
+        StepError: Loss or score is NaN or infinite; what did best so far stays in `journal` as best.safetensors.
+    """
+    run = _Run(student, objective, training, held_out, settings, journal, weights or FullWeights(student), progress)
+    return run.work()
+
+
+class _Run:
+    """The state of one training run between its steps."""
+
+    def __init__(
+        self,
+        student: Any,
+        objective: Objective,
+        training: torch.Tensor,
+        held_out: torch.Tensor,
+        settings: Settings,
+        journal: Path,
+        weights: Weights,
+        progress: Progress,
+    ) -> None:
+        self._student, self._objective, self._settings = student, objective, settings
+        self._training, self._held_out = training, held_out
+        self._weights, self._progress = weights, progress
+        self._device = next(iter(weights.masters.values())).device
+        self._batch = min(settings.batch_windows, len(training))
+        self._step_tokens = self._batch * training.shape[1]
+        self._steps = math.ceil(settings.tokens / self._step_tokens)
+        self._journal = Journal(journal, _fingerprint(settings, training, held_out, weights))
+        self._optimizer = torch.optim.AdamW(
+            list(weights.masters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self._step, self._best_step = 0, 0
+        self._before: list[float] = []
+        self._best: list[float] = []
+        self._history: list[dict[str, float]] = []
+        self._micro = 0
+
+    def work(self) -> Outcome:
+        """All steps."""
+        _prepare(self._student, self._settings.checkpointing)
+        self._weights.push()
+        if not self._resumed():
+            self._micro = self._settings.micro_batch or micro_batch(self._student, self._training[:1], self._device)
+            note = {"step": 0.0}
+            self._evaluate(note)
+            self._history.append(note)
+            self._save()
+        saved, every = time.monotonic(), max(1, math.ceil(self._steps / self._settings.evaluations))
+        while self._step < self._steps:
+            note = self._train()
+            if self._step % every == 0 or self._step == self._steps:
+                self._evaluate(note)
+            self._history.append(note)
+            if time.monotonic() - saved >= self._settings.save_seconds:
+                self._save()
+                saved = time.monotonic()
+            self._progress(self._step * self._step_tokens, self._steps * self._step_tokens)
+        self._take(self._journal.best())
+        return Outcome(
+            steps=self._steps,
+            tokens=self._steps * self._step_tokens,
+            best_step=self._best_step,
+            before=tuple(self._before),
+            after=tuple(self._best),
+            history=tuple(self._history),
+        )
+
+    def _train(self) -> dict[str, float]:
+        """One step of the optimizer."""
+        rate = learning_rate(
+            self._step, self._steps, peak=self._settings.learning_rate, warmup=self._settings.warmup,
+            decay=self._settings.decay, final=self._settings.final,
+        )  # fmt: skip
+        places = self._places()
+        loss = 0.0
+        for start in range(0, len(places), self._micro):
+            some = places[start : start + self._micro]
+            windows = self._training[some].to(self._device)
+            with torch.enable_grad():
+                part = self._objective.loss(self._student, windows, some) * (len(some) / len(places))
+                part.backward()
+            loss += float(part.detach())
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss is {loss} at step {self._step + 1} of {self._steps}")
+        self._weights.pull()
+        torch.nn.utils.clip_grad_norm_(list(self._weights.masters.values()), self._settings.clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._weights.push()
+        self._step += 1
+        return {"step": float(self._step), "loss": loss, "learning_rate": rate}
+
+    def _places(self) -> list[int]:
+        """Numbers of the windows of this step: each pass over the text has an order of its own."""
+        found: list[int] = []
+        first = self._step * self._batch
+        for number in range(first // len(self._training), (first + self._batch - 1) // len(self._training) + 1):
+            generator = torch.Generator().manual_seed(self._settings.seed + number)
+            order = torch.randperm(len(self._training), generator=generator).tolist()
+            start = number * len(self._training)
+            found += order[max(0, first - start) : first + self._batch - start]
+        return found
+
+    def _evaluate(self, note: dict[str, float]) -> None:
+        """Score the student and keep its masters if none were better."""
+        score = self._objective.score(self._student, self._held_out.to(self._device)).tolist()
+        mean = sum(score) / len(score)
+        note["held_out"] = mean
+        if not self._best:
+            if not math.isfinite(mean):
+                raise StepError(f"training: the held-out divergence is {mean} before the first step")
+            self._before = score
+        elif not math.isfinite(mean):
+            raise self._diverged(f"the held-out divergence is {mean} after step {self._step} of {self._steps}")
+        if not self._best or mean < sum(self._best) / len(self._best):
+            self._best, self._best_step = score, self._step
+            self._journal.save_best(self._weights.masters)
+
+    def _diverged(self, what: str) -> StepError:
+        mean = sum(self._best) / len(self._best)
+        return StepError(
+            f"training: {what}; the best so far, held-out KLD {mean:.4g} after step {self._best_step}, is kept in "
+            f"{self._journal.best_file}",
+            hint="Train with a lower learning rate.",
+        )
+
+    def _save(self) -> None:
+        self._journal.save(
+            {
+                "step": self._step,
+                "micro_batch": self._micro,
+                "best_step": self._best_step,
+                "before": self._before,
+                "best": self._best,
+                "history": self._history,
+                "masters": {name: value.detach() for name, value in self._weights.masters.items()},
+                "optimizer": self._optimizer.state_dict(),
+                "random": torch.get_rng_state(),
+            }
+        )
+        self._journal.note(self._history)
+
+    def _resumed(self) -> bool:
+        """Take up the last state, if there is one."""
+        state = self._journal.load()
+        if state is None or not self._journal.best_file.is_file():
+            return False
+        self._step, self._micro, self._best_step = state["step"], state["micro_batch"], state["best_step"]
+        self._before, self._best, self._history = state["before"], state["best"], state["history"]
+        self._optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        self._take(state["masters"])
+        return True
+
+    def _take(self, masters: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in self._weights.masters.items():
+                value.copy_(masters[name])
+        self._weights.push()
+
+
+def _prepare(student: Any, checkpointing: bool) -> None:
+    """Dropout off; with checkpointing the model has to stand in training mode, so its rates are set to zero."""
+    student.eval()
+    if not checkpointing:
+        return
+    student.activation_checkpointing_enable()
+    student.train()
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _fingerprint(settings: Settings, training: torch.Tensor, held_out: torch.Tensor, weights: Weights) -> str:
+    """Stands for what shapes a run: settings (not how often it is saved), text, and the masters it starts from."""
+    digest = hashlib.sha256(repr(sorted(asdict(replace(settings, save_seconds=0.0)).items())).encode())
+    for windows in (training, held_out):
+        digest.update(f"{tuple(windows.shape)}".encode() + windows.cpu().numpy().tobytes())
+    for name, value in weights.masters.items():
+        total = value.detach().double()
+        digest.update(f"{name} {tuple(value.shape)} {float(total.sum())} {float(total.square().sum())}".encode())
+    return digest.hexdigest()
