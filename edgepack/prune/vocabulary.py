@@ -183,6 +183,8 @@ def _needed(tokenizer: Mapping[str, Any], kind: str, ids: Mapping[str, int]) -> 
         needed.add(model["unk_token"])
     if kind == "Unigram" and model.get("unk_id") is not None:
         needed.add(model["vocab"][model["unk_id"]][0])
+    if kind == "Unigram":  # the penalty of unknown characters counts from the least score (tokenizers unigram/model.rs)
+        needed.add(min(model["vocab"], key=lambda entry: entry[1])[0])
     byte_level = kind == "BPE" and any(node.get("type") == "ByteLevel" for node in pre_tokenizers(tokenizer))
     if model.get("byte_fallback"):
         needed |= {token for token in ids if _BYTE.fullmatch(token)}

@@ -141,8 +141,6 @@ def test_a_build_prunes_first_and_measures_against_the_original(small_texts: tup
     assert edgepack.verify(package.path).problems == ()
     report = (package.path / "evidence" / "report.html").read_text()
     assert "Step by step" in report
-    again = edgepack.build(EXAMPLE, "laptop", tmp_path / "again", prune="layers=2,ffn=512", **built)
-    assert again.artifact_digest == package.artifact_digest
 
 
 def test_a_dry_run_can_not_say_what_pruning_would_choose(edgepack_command: Run) -> None:

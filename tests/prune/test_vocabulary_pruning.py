@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,14 +52,18 @@ def sentencepiece_bpe() -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    trained = Tokenizer(models.Unigram())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trained.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=1000, special_tokens=["<s>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
-    )
-    trained.train_from_iterator(TRAINING.split("\n"), trainer)
-    return trained
+    """Pieces by how often they occur; the trainer of `tokenizers` gives others every time."""
+    words = ["▁" + word for word in TRAINING.split()]
+    counts = Counter(word[at : at + size] for word in words for size in range(1, 7) for at in range(len(word)))
+    pieces = [piece for piece, _ in counts.most_common(900)]
+    pieces += sorted({letter for word in words for letter in word} - set(pieces))
+    vocabulary = [("<s>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocabulary += [(piece, math.log(counts[piece] / counts.total())) for piece in pieces]
+    found = Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    found.pre_tokenizer = pre_tokenizers.Metaspace()
+    found.decoder = decoders.Metaspace()
+    found.add_special_tokens(["<s>", "</s>", "<unk>"])
+    return found
 
 
 def wordpiece() -> Tokenizer:
