@@ -462,6 +462,49 @@ def prune(
         render.show_pruning(document, folder)
 
 
+@cli.command(epilog=DOCS)
+@click.argument("model")
+@click.option("--teacher", required=True, metavar="MODEL", help="The model it was made from.")
+@click.option("--tokens", required=True, metavar="N", help="To train on: 200k, 2M.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Must not exist.")
+@click.option("--data", "calibration", metavar="FILE|FOLDER|hub:NAME", help="Text to train on.  [default: what ships]")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Peak.  [default: 2e-4]")
+@_evaluation
+@_json
+@_quiet
+@_verbose
+def heal(
+    model: str,
+    teacher: str,
+    tokens: str,
+    output: Path,
+    calibration: str | None,
+    learning_rate: float | None,
+    evaluation: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Repair a pruned MODEL by distilling its original into it; write a model folder.
+
+    \b
+      edgepack heal pruned/ --teacher ./my-model -o healed/ --tokens 2M
+
+    What scored best on held-out text is kept, the start included. Killed at any time, the same command goes on.
+    """
+    from edgepack.heal import command
+
+    with _steps(quiet, verbose) as listener:
+        folder, document = command.heal(
+            model, teacher, output, tokens, calibration=calibration, evaluation=evaluation,
+            learning_rate=learning_rate, listener=listener,
+        )  # fmt: skip
+    if as_json:
+        console.emit_json({"path": str(folder)} | document)
+    else:
+        console.emit_text(f"{command.in_words(document)}\nmodel:   {folder}")
+
+
 def _listed(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip() and part.strip() != "none"]
 

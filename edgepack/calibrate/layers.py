@@ -100,7 +100,7 @@ def matrices(model: Any, spec: ModelSpec) -> dict[str, Matrix]:
     for tensor in spec.tensors:
         if tensor.keep_f32:
             continue
-        name = _parameter_name(tensor.source, parameters)
+        name = parameter_name(tensor.source, parameters)
         parameter = parameters.get(name)
         shape = None if parameter is None else tuple(parameter.shape)
         if parameter is None or shape not in (tensor.shape, tensor.shape[::-1]) or len(tensor.shape) != 2:
@@ -127,8 +127,8 @@ def _transposed(module: Any) -> bool:
     return module is not None and not isinstance(module, torch.nn.Linear)
 
 
-def _parameter_name(source: str, parameters: Mapping[str, Any]) -> str:
-    """The checkpoint's name in the class that was loaded: a checkpoint saved without its head lacks a prefix."""
+def parameter_name(source: str, parameters: Mapping[str, Any]) -> str:
+    """A tensor's name in the class that was loaded: a checkpoint saved without its head lacks a prefix."""
     if source in parameters:
         return source
     ending = [name for name in parameters if name.endswith(f".{source}")]

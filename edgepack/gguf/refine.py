@@ -30,15 +30,14 @@ from edgepack.gguf.recode import rewritten, tensor_data
 from edgepack.heal.data import WINDOW_TOKENS, training_text, windows_wanted
 from edgepack.heal.device import best_device
 from edgepack.heal.distill import distill, paced
-from edgepack.heal.objective import LEAST_K, TowardsTeacher, kept_bytes
+from edgepack.heal.memory import worth_keeping
+from edgepack.heal.objective import TowardsTeacher
 from edgepack.text import read_text
 from edgepack.worker import Progress, no_progress
-from edgepack.workshop import available_memory_bytes
 
 # Bits per weight -> peak learning rate, of the study (docs/refining.md); between them on a line of logarithms. A coarse
 # grid needs large moves, a fine one is left by them.
 RATES = ((2.6, 2.5e-4), (3.5, 1e-4), (4.5, 4e-5))
-_CACHE_SHARE = 0.25  # of the free memory, for what the teacher said
 
 
 def refine(
@@ -94,7 +93,7 @@ def refine(
     pieces = calibration_windows(source, content, window, windows_wanted(tokens, window))
     found = training_text(teacher, pieces, tokens, journal=Path(journal))
     settings = paced(tokens, window, learning_rate or rate_for(bits))
-    objective = TowardsTeacher(teacher, keep=_keep(tokens, found.training, teacher))
+    objective = TowardsTeacher(teacher, keep=worth_keeping(tokens, found.training, teacher))
     outcome = distill(
         student,
         objective,
@@ -208,11 +207,3 @@ def _bits(artifact: Path, weights: GridWeights) -> float:
     """Bits per weight of what is trained."""
     entries = [entry for name, (_, entry) in _entries(artifact).items() if name in weights.matrices]
     return 8 * sum(entry.nbytes for entry in entries) / sum(math.prod(entry.shape) for entry in entries)
-
-
-def _keep(tokens: int, training: torch.Tensor, teacher: Any) -> int | None:
-    """Keep what the teacher said where windows are seen again and there is room; None runs it every time."""
-    if tokens <= training.numel():
-        return None
-    nbytes = kept_bytes(len(training), training.shape[1], teacher.config.get_text_config().vocab_size)
-    return LEAST_K if nbytes < _CACHE_SHARE * available_memory_bytes() else None

@@ -1,4 +1,4 @@
-"""How many windows a backward pass has room for, from one forward pass that counts what it leaves behind."""
+"""What training has room for: windows in a backward pass, and what the teacher said of each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from edgepack.heal.objective import forward, mixed_precision
+from edgepack.heal.objective import LEAST_K, forward, kept_bytes, mixed_precision
 from edgepack.workshop import available_memory_bytes
 
 CPU_WINDOWS = 4  # more at once make a CPU no faster (docs/refining.md)
@@ -14,6 +14,7 @@ _SHARE = 0.5  # of the free memory: the rest of the machine lives from it too
 # Activations kept per output value of a layer, in float32 values: the output itself, and what element-wise functions
 # and attention between layers keep.
 _VALUES = 2.5
+_TEACHER_SHARE = 0.25  # of the free memory, for what the teacher said
 _LOGIT_COPIES = 4  # logits, the teacher's, their gradient, and what it is handed on as
 
 
@@ -49,3 +50,19 @@ def activation_bytes(student: Any, window: torch.Tensor) -> int:
         for handle in handles:
             handle.remove()
     return int(4 * (_VALUES * values + _LOGIT_COPIES * logits.numel()))
+
+
+def worth_keeping(tokens: int, training: torch.Tensor, teacher: Any) -> int | None:
+    """How many log-probabilities of the teacher to keep for each position; None runs it every time.
+
+    Kept where windows are seen again and there is room.
+
+    Args:
+        tokens: To train on, with repetitions.
+        training: Windows `[windows, tokens]`.
+        teacher: A model of transformers.
+    """
+    if tokens <= training.numel():
+        return None
+    nbytes = kept_bytes(len(training), training.shape[1], teacher.config.get_text_config().vocab_size)
+    return LEAST_K if nbytes < _TEACHER_SHARE * available_memory_bytes() else None

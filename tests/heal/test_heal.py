@@ -1,0 +1,104 @@
+"""Healing a damaged model of the example's own architecture by the example."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from edgepack.errors import InputRefused, UsageError
+from edgepack.heal import command
+from edgepack.heal.worker import write_model
+from edgepack.text import default_evaluation_text
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama-5m"
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example with noise on the matrices of two layers."""
+    folder = tmp_path_factory.mktemp("damaged") / "student"
+    shutil.copytree(EXAMPLE, folder)
+    generator = torch.Generator().manual_seed(3)
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, values in tensors.items():
+            if ".layers.2." in name or ".layers.3." in name:
+                noise = torch.randn(values.shape, generator=generator) * values.float().std()
+                tensors[name] = (values.float() + 0.6 * noise).to(values.dtype)
+        save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def healed(damaged: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEPACK_CACHE", str(tmp_path_factory.mktemp("store")))
+        return command.heal(damaged, EXAMPLE, tmp_path_factory.mktemp("out") / "healed", "8k")
+
+
+def perplexity(folder: Path) -> float:
+    """Of transformers, on the first evaluation windows."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(folder)(default_evaluation_text().read_text(encoding="utf-8")[:12_000])
+    windows = torch.tensor(ids["input_ids"][: 4 * 512]).reshape(4, 512)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return float(model(windows, labels=windows).loss.exp())
+
+
+def test_a_healed_model_is_nearer_to_its_teacher_by_transformers_own_word(damaged: Path, healed: tuple) -> None:
+    folder, report = healed
+    assert report["after"]["kld"] < 0.9 * report["before"]["kld"]
+    assert report["difference"]["ci95"][1] < 0
+    before, after, teacher = (perplexity(path) for path in (damaged, folder, EXAMPLE))
+    assert teacher < after < 0.95 * before
+
+
+def test_the_healed_folder_has_the_students_files_names_and_formats(damaged: Path, healed: tuple) -> None:
+    folder, report = healed
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted([*(path.name for path in damaged.iterdir()), command.SIDECAR])
+    assert json.loads((folder / command.SIDECAR).read_text()) == report
+    ours, theirs = (
+        {k: v for f in sorted(p.glob("*.safetensors")) for k, v in load_file(f).items()} for p in (folder, damaged)
+    )
+    assert {k: (v.dtype, v.shape) for k, v in ours.items()} == {k: (v.dtype, v.shape) for k, v in theirs.items()}
+
+
+def test_an_untrained_model_is_written_as_it_was(tmp_path: Path) -> None:
+    from edgepack.calibrate.layers import load_model
+    from edgepack.checkpoint import open_checkpoint
+
+    write_model(open_checkpoint(EXAMPLE), load_model(EXAMPLE), tmp_path)
+    for file in EXAMPLE.glob("*.safetensors"):
+        ours, theirs = load_file(tmp_path / file.name), load_file(file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_can_not_be_healed_is_refused_before_any_work(damaged: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not a number of tokens"):
+        command.heal(damaged, EXAMPLE, tmp_path / "a", "many")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("kept")
+    with pytest.raises(UsageError, match="there"):
+        command.heal(damaged, EXAMPLE, tmp_path / "there", "8k")
+    other = tmp_path / "other"
+    shutil.copytree(EXAMPLE, other)
+    config = json.loads((other / "config.json").read_text()) | {"vocab_size": 4096}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputRefused, match="vocabulary of 4096"):
+        command.heal(other, EXAMPLE, tmp_path / "b", "8k")
+
+
+def test_text_that_is_measured_on_is_refused(damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPACK_CACHE", str(tmp_path / "store"))
+    with pytest.raises(InputRefused, match="evaluation text"):
+        command.heal(damaged, EXAMPLE, tmp_path / "a", "8k", calibration=str(default_evaluation_text()))
+    assert not (tmp_path / "a").exists()
