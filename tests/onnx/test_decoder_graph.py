@@ -126,7 +126,7 @@ def test_a_file_that_is_not_finished_is_removed(tmp_path: Path) -> None:
 def test_a_file_that_is_there_is_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx.data"
     path.write_bytes(b"mine")
-    with pytest.raises(StorageError, match="File exists"), create(path, 8):
+    with pytest.raises(StorageError, match="file exists"), create(path, 8):
         pass
     assert path.read_bytes() == b"mine"
 
