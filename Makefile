@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/edgepack build examples/models/tiny-llama-5m --target laptop --output dist/tiny-llama-5m-laptop --force
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
