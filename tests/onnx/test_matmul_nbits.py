@@ -97,8 +97,9 @@ def test_unpacking_undoes_packing(seed: int, form: Format, rows: int) -> None:
     assert torch.equal(unpack(packed, form), codes.to(torch.uint8))
 
 
+# Below 1e-3 scales come near the smallest that float16 has, and there is nothing left to search among.
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31), st.floats(-6, 4))
+@given(st.integers(0, 2**31), st.floats(-3, 4))
 def test_the_search_beats_the_grid_that_ends_at_the_largest_weight(seed: int, exponent: float) -> None:
     block = torch.randn(256, 32, generator=torch.Generator().manual_seed(seed)) * 10**exponent
     made = quantize(block, Format(4, 32), where="w").dequantize()
