@@ -127,6 +127,10 @@ def quantize(rows: torch.Tensor, form: Format, *, importance: torch.Tensor | Non
     return Quantized(form, width, codes, scales)
 
 
+_SUBNORMAL_STEP = 2.0**-24  # between float16 numbers below 2^-14 (IEEE 754)
+_COARSE = 2.0**-14
+
+
 def best_scales(blocks: torch.Tensor, form: Format, weight: torch.Tensor | None = None) -> torch.Tensor:
     """The scale of each block, rounded to what float16 can hold.
 
@@ -147,11 +151,32 @@ def best_scales(blocks: torch.Tensor, form: Format, weight: torch.Tensor | None 
         weighted = grid if weight is None else grid * weight
         product = (weighted * blocks).sum(-1, keepdim=True)
         square = (weighted * grid).sum(-1, keepdim=True).clamp_min_(1e-30)
-        fitted = product / square
-        better = (here := product * fitted) > gain
+        fitted = (product / square).to(torch.float16).to(torch.float32)  # what will be stored: coarse for tiny weights
+        better = (here := fitted * (2 * product - fitted * square)) > gain
         gain, scale = torch.where(better, here, gain), torch.where(better, fitted, scale)
+    # A scale beyond float16 is no choice: it stays infinite, to be refused.
+    beyond = (gain < 0) & (largest != 0)
+    scale = torch.where(beyond, (largest / form.lowest).to(torch.float16).to(torch.float32), scale)
+    if bool((scale.abs() < _COARSE).any()):
+        scale = _among_neighbours(blocks, scale, form, weight)
     scale[~torch.isfinite(largest)] = float("nan")  # torch's argmax takes NaN for the largest
-    return scale.to(torch.float16).to(torch.float32)
+    return scale
+
+
+def _among_neighbours(
+    blocks: torch.Tensor, scale: torch.Tensor, form: Format, weight: torch.Tensor | None
+) -> torch.Tensor:
+    """The best of each scale and the float16 numbers about it, where these are so far apart that it matters."""
+    least, best = None, scale
+    for steps in (0, -1, 1, -2, 2):
+        tried = (scale + steps * _SUBNORMAL_STEP).to(torch.float16).to(torch.float32)
+        codes = to_grid(blocks, tried, form).to(torch.float32) + form.lowest
+        error = (codes * tried - blocks).square()
+        total = (error if weight is None else error * weight).sum(-1, keepdim=True)
+        better = torch.ones_like(total, dtype=torch.bool) if least is None else total < least
+        least = total if least is None else torch.where(better, total, least)
+        best = torch.where(better, tried, best)
+    return best
 
 
 def to_grid(values: torch.Tensor, scales: torch.Tensor, form: Format) -> torch.Tensor:

@@ -97,9 +97,8 @@ def test_unpacking_undoes_packing(seed: int, form: Format, rows: int) -> None:
     assert torch.equal(unpack(packed, form), codes.to(torch.uint8))
 
 
-# Below 1e-3 scales come near the smallest that float16 has, and there is nothing left to search among.
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31), st.floats(-3, 4))
+@given(st.integers(0, 2**31), st.floats(-6, 4))
 def test_the_search_beats_the_grid_that_ends_at_the_largest_weight(seed: int, exponent: float) -> None:
     block = torch.randn(256, 32, generator=torch.Generator().manual_seed(seed)) * 10**exponent
     made = quantize(block, Format(4, 32), where="w").dequantize()
@@ -107,8 +106,9 @@ def test_the_search_beats_the_grid_that_ends_at_the_largest_weight(seed: int, ex
     plain = (largest / -8).to(torch.float16).to(torch.float32)
     nearest = torch.nan_to_num(block / plain).round().clamp(-8, 7) * plain
     errors = [(values - block).square().sum(1) for values in (made, nearest)]
-    assert float(errors[0].sum()) < 0.96 * float(errors[1].sum())
-    assert bool((errors[0] <= 1.4 * errors[1]).all())
+    # At 1e-6 a scale is one of a handful of float16 numbers: none of them may lose, and there is less to win.
+    assert float(errors[0].sum()) < (0.96 if exponent > -5.7 else 0.98) * float(errors[1].sum())
+    assert bool((errors[0] <= (1.4 if exponent > -5.7 else 1.01) * errors[1]).all())
 
 
 def test_importance_moves_the_error_to_columns_that_matter_less() -> None:
