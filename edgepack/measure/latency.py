@@ -84,7 +84,7 @@ def latency(
     from edgepack.runtimes.llama_cpp import bindings, describe_artifact
 
     # Single tokens are short: threads that sleep between operations lose 5 %. At this value none is lost (measured).
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ["GOMP_SPINCOUNT"] = "10000"
     bindings()
     before = rss_mb()
     found = describe_artifact(artifact)

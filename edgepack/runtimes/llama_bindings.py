@@ -39,9 +39,8 @@ def bindings() -> ModuleType:
     Raises:
         MissingError: Not installed, too old, its library can't be loaded, or library and bindings do not fit together.
     """
-    # Read by GNU OpenMP when llama.cpp loads it: how long threads that wait for each other spin before they sleep. Its
-    # default is longer than a time slice, which on a shared machine costs up to five times the CPU time for the same
-    # work (two threads on two cores, two other busy processes); prompts and windows lose nothing by sleeping early.
+    # Read by GNU OpenMP when llama.cpp loads it; workers get it from `worker.child_environment`, which says why. Up to
+    # five times the CPU time for the same work was measured without it (two threads on two cores, two other processes).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         import llama_cpp
