@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from edgepack.gguf.convert import Layout
     from edgepack.gguf.model import ModelSpec
+    from edgepack.target_keys import Device
     from edgepack.targets import Target
 
 MB = 1_000_000
@@ -139,13 +140,25 @@ def _repacked_bytes(layout: Layout, target: Target) -> int:
 
 
 def _decode_speed(model: ModelSpec, layout: Layout, target: Target, kv_bytes: int) -> float | None:
-    bandwidth = target.device.memory_bandwidth_gbs * target.device.bandwidth_efficiency * 1e9
-    if bandwidth <= 0:
-        return None
     lookup_only = {"position_embd.weight", "token_types.weight"} | (set() if model.tied else {"token_embd.weight"})
     read = sum(e.nbytes for shard in layout.shards for e in shard.entries if e.name not in lookup_only)
+    return decode_rate(read, kv_bytes, model.layers, target.device)
+
+
+def decode_rate(read_bytes: float, kv_bytes: float, layers: int, device: Device) -> float | None:
+    """Tokens per second of one running answer; None when the device does not state its memory bandwidth.
+
+    Args:
+        read_bytes: Weights read for every token.
+        kv_bytes: Key-value cache at the whole context.
+        layers: Transformer layers.
+        device: Whose bandwidth.
+    """
+    bandwidth = device.memory_bandwidth_gbs * device.bandwidth_efficiency * 1e9
+    if bandwidth <= 0:
+        return None
     # Half the cache: the average over a generation that fills the context from empty.
-    milliseconds = (read + kv_bytes / 2) / bandwidth * 1e3 + OVERHEAD_MS_PER_LAYER * model.layers
+    milliseconds = (read_bytes + kv_bytes / 2) / bandwidth * 1e3 + OVERHEAD_MS_PER_LAYER * layers
     return 1e3 / milliseconds
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgepack.errors import InputRefused
+from edgepack.errors import InputRefused, UsageError
 
 WINDOW_TOKENS = (
     512  # llama-perplexity's default context (llama.cpp tools/perplexity/perplexity.cpp: params.n_ctx = 512)
@@ -24,6 +24,19 @@ _DATA = Path(__file__).parent / "_data" / "text"
 def default_evaluation_text() -> Path:
     """The text fidelity is measured on when no other is named."""
     return _DATA / "evaluation.txt"
+
+
+def named_evaluation_text(path: str | Path | None) -> Path:
+    """The text a user named with `--evaluation`, or the one that ships.
+
+    Raises:
+        UsageError: It is not a file.
+    """
+    if path is None:
+        return default_evaluation_text()
+    if not Path(path).is_file():
+        raise UsageError(f"--evaluation: {path} is not a file", hint="Name a UTF-8 text file.")
+    return Path(path)
 
 
 def default_calibration_text() -> Path:

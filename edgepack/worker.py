@@ -238,8 +238,8 @@ def child_environment(environment: Mapping[str, str], scratch: str) -> dict[str,
         "TRANSFORMERS_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-        # How long threads that wait for each other spin before they sleep (GNU OpenMP, in torch and llama.cpp). The default
-        # is longer than a time slice: on cores shared with others it cost seven times the wall clock of the same products.
+        # How long threads that wait for each other spin before they sleep (GNU OpenMP, in torch and llama.cpp). The
+        # default is longer than a time slice: on shared cores the same products took seven times the wall clock.
         "GOMP_SPINCOUNT": "1000",
         "GGML_NO_BACKTRACE": "1",  # ggml_abort would start gdb, which takes seconds and writes pages (ggml/src/ggml.c)
     }

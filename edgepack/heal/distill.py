@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,22 @@ import numpy as np
 import torch
 
 from edgepack.errors import StepError
+from edgepack.heal.data import MOST_HELD_OUT
 from edgepack.heal.journal import Journal
 from edgepack.heal.memory import micro_batch
 from edgepack.heal.objective import Objective
+from edgepack.heal.probe import timed
 from edgepack.heal.schedule import Decay, learning_rate
 from edgepack.heal.weights import FullWeights, Weights
 from edgepack.measure import bootstrap
 from edgepack.worker import Progress, no_progress
+
+SCORING_SHARE = 0.15  # of the time of training that scoring may add
+SCORED_COST = 0.4  # time of scoring a window, in that of training on one: a pass forward, the teacher's being kept
+_PROBED = 8  # micro-batches a run has to have for its time to be worth telling before
+ALIKE = 8  # windows of similar lengths that are read together, where lengths differ
+_POOL_STEPS = 16  # whose windows are sorted by length
+_SAVING_SHARE = 0.05  # of the time that writing states may add
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,9 @@ class Settings:
         evaluations: How often held-out text is scored after the first time.
         micro_batch: Windows of one pass; None takes what fits in memory, at most `CPU_WINDOWS` on a CPU.
         checkpointing: Compute activations twice instead of keeping them (models of transformers).
-        save_seconds: Time between two states on disk.
+        save_seconds: Time between two states on disk; more where writing one takes long.
         seed: Of the order of windows.
+        probe: Time a few passes before the start, to say how long it will take.
     """
 
     tokens: int
@@ -64,17 +74,31 @@ class Settings:
     checkpointing: bool = False
     save_seconds: float = 60.0
     seed: int = 20260301
+    probe: bool = False
 
 
-def paced(tokens: int, window_tokens: int, learning_rate: float) -> Settings:
+def paced(tokens: int, window_tokens: int, learning_rate: float, *, held_out: int = MOST_HELD_OUT) -> Settings:
     """Settings for a number of tokens: 32 windows a step, fewer where that would leave less than 100 steps.
 
     32 x 512 tokens, a warm-up of 20 steps and a cosine to 5 % are those of the study in docs/refining.md.
+
+    Args:
+        tokens: To train on.
+        window_tokens: Of a window.
+        learning_rate: Peak.
+        held_out: Held-out windows: they are scored as often as `SCORING_SHARE` allows, at least twice after the start.
     """
     windows = max(1, tokens // window_tokens)
     batch = min(32, max(4, windows // 100))
     steps = math.ceil(windows / batch)
-    return Settings(tokens, learning_rate, batch_windows=batch, warmup=max(1, min(20, steps // 10)))
+    evaluations = int(SCORING_SHARE * windows / (SCORED_COST * held_out))
+    return Settings(
+        tokens,
+        learning_rate,
+        batch_windows=batch,
+        warmup=max(1, min(20, steps // 10)),
+        evaluations=max(2, min(Settings.evaluations, evaluations)),
+    )
 
 
 @dataclass(frozen=True)
@@ -88,6 +112,8 @@ class Outcome:
         before: Held-out score of every window at the start.
         after: The same of what was kept.
         history: `step`, `loss`, `learning_rate`; `held_out` where it was scored.
+        seconds: It took, those before a kill included.
+        predicted_seconds: What was predicted before the start; None where nothing was timed.
     """
 
     steps: int
@@ -96,29 +122,35 @@ class Outcome:
     before: tuple[float, ...]
     after: tuple[float, ...]
     history: tuple[Mapping[str, float], ...]
+    seconds: float = field(default=0.0, compare=False)
+    predicted_seconds: float | None = field(default=None, compare=False)
 
-    def as_json(self) -> dict[str, Any]:
-        """For manifests: means with 95 % confidence intervals, windows drawn with replacement and in pairs."""
+    def as_json(self, score: str = "kld") -> dict[str, Any]:
+        """For manifests: means with 95 % confidence intervals, windows drawn with replacement and in pairs.
+
+        Args:
+            score: What held-out windows are scored by.
+        """
         before, after = np.array(self.before)[:, None], np.array(self.after)[:, None]
         return {
             "steps": self.steps,
             "tokens": self.tokens,
             "best_step": self.best_step,
             "held_out_windows": len(before),
-            "before": _estimate(before),
-            "after": _estimate(after),
-            "difference": _estimate(after - before),
+            "before": _estimate(before, score),
+            "after": _estimate(after, score),
+            "difference": _estimate(after - before, score),
             "held_out": [
-                {"step": int(row["step"]), "kld": float(f"{row['held_out']:.6g}")}
+                {"step": int(row["step"]), score: float(f"{row['held_out']:.6g}")}
                 for row in self.history
                 if "held_out" in row
             ],
         }
 
 
-def _estimate(samples: Any) -> dict[str, Any]:
+def _estimate(samples: Any, score: str) -> dict[str, Any]:
     found = bootstrap.mean(samples)
-    return {"kld": float(f"{found.value:.6g}"), "ci95": found.ci95 and [float(f"{end:.6g}") for end in found.ci95]}
+    return {score: float(f"{found.value:.6g}"), "ci95": found.ci95 and [float(f"{end:.6g}") for end in found.ci95]}
 
 
 def distill(
@@ -137,8 +169,8 @@ def distill(
     Args:
         student: On the device to train on; changed. Dropout is off.
         objective: What it is trained towards, for example `TowardsTeacher(teacher)`.
-        training: Token ids `[windows, tokens]`: packed, no padding; passed as often as `settings.tokens` asks for, in
-            another order each time.
+        training: Token ids `[windows, tokens]`, -1 behind the end of a window that is shorter; passed as often as
+            `settings.tokens` asks for, in another order each time.
         held_out: Windows `[windows, tokens]` that are none of them.
         settings: See `Settings`; `paced` makes some.
         journal: Folder that outlives a killed process; the caller removes it when the result is safe.
@@ -171,17 +203,22 @@ class _Run:
         self._weights, self._progress = weights, progress
         self._device = next(iter(weights.masters.values())).device
         self._batch = min(settings.batch_windows, len(training))
-        self._step_tokens = self._batch * training.shape[1]
+        self._lengths = (training >= 0).sum(dim=1).tolist()
+        self._step_tokens = max(1, self._batch * sum(self._lengths) // len(training))
         self._steps = math.ceil(settings.tokens / self._step_tokens)
-        self._journal = Journal(journal, _fingerprint(settings, training, held_out, weights))
+        self._every = max(1, math.ceil(self._steps / settings.evaluations))  # steps from one evaluation to the next
+        self._journal = Journal(journal, _fingerprint(student, settings, training, held_out, weights))
         self._optimizer = torch.optim.AdamW(
-            list(weights.masters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            list(weights.masters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
         self._step, self._best_step = 0, 0
         self._before: list[float] = []
         self._best: list[float] = []
         self._history: list[dict[str, float]] = []
         self._micro = 0
+        self._save_after = time.monotonic() + settings.save_seconds
+        self._started, self._spent = time.monotonic(), 0.0
+        self._predicted: float | None = None
 
     def work(self) -> Outcome:
         """All steps."""
@@ -192,16 +229,19 @@ class _Run:
             note = {"step": 0.0}
             self._evaluate(note)
             self._history.append(note)
+            if self._settings.probe:
+                self._predicted = self._probed()
+            self._note()
             self._save()
-        saved, every = time.monotonic(), max(1, math.ceil(self._steps / self._settings.evaluations))
         while self._step < self._steps:
             note = self._train()
-            if self._step % every == 0 or self._step == self._steps:
+            if self._step % self._every == 0 or self._step == self._steps:
                 self._evaluate(note)
             self._history.append(note)
-            if time.monotonic() - saved >= self._settings.save_seconds:
+            if "held_out" in note:
+                self._note()
+            if time.monotonic() >= self._save_after:
                 self._save()
-                saved = time.monotonic()
             self._progress(self._step * self._step_tokens, self._steps * self._step_tokens)
         self._take(self._journal.best())
         return Outcome(
@@ -211,7 +251,26 @@ class _Run:
             before=tuple(self._before),
             after=tuple(self._best),
             history=tuple(self._history),
+            seconds=self._seconds,
+            predicted_seconds=self._predicted,
         )
+
+    @property
+    def _seconds(self) -> float:
+        return self._spent + time.monotonic() - self._started
+
+    def _probed(self) -> float | None:
+        """Time that training will take; None where that is over before it could be told."""
+        windows, micro = self._steps * self._batch, min(self._micro, self._batch)
+        if windows <= _PROBED * micro:
+            return None
+        training = self._training[:micro].to(self._device)
+        pace = timed(self._student, self._objective, self._weights, training, self._held_out[:1].to(self._device))
+        scored = math.ceil(self._steps / self._every) * len(self._held_out)
+        return self._seconds + pace.seconds(windows, self._steps, scored)
+
+    def _note(self) -> None:
+        self._journal.note(self._history, self._steps, self._predicted)
 
     def _train(self) -> dict[str, float]:
         """One step of the optimizer."""
@@ -219,11 +278,11 @@ class _Run:
             self._step, self._steps, peak=self._settings.learning_rate, warmup=self._settings.warmup,
             decay=self._settings.decay, final=self._settings.final,
         )  # fmt: skip
-        places = self._places()
+        places = sorted(self._places(), key=self._lengths.__getitem__)  # little padding in each micro-batch
         loss = 0.0
         for start in range(0, len(places), self._micro):
             some = places[start : start + self._micro]
-            windows = self._training[some].to(self._device)
+            windows = self._training[some, : max(self._lengths[place] for place in some)].to(self._device)
             with torch.enable_grad():
                 part = self._objective.loss(self._student, windows, some) * (len(some) / len(places))
                 part.backward()
@@ -246,9 +305,20 @@ class _Run:
         first = self._step * self._batch
         for number in range(first // len(self._training), (first + self._batch - 1) // len(self._training) + 1):
             generator = torch.Generator().manual_seed(self._settings.seed + number)
-            order = torch.randperm(len(self._training), generator=generator).tolist()
+            order = self._alike(torch.randperm(len(self._training), generator=generator).tolist(), generator)
             start = number * len(self._training)
             found += order[max(0, first - start) : first + self._batch - start]
+        return found
+
+    def _alike(self, order: list[int], generator: torch.Generator) -> list[int]:
+        """Windows of similar lengths side by side, so that little of a micro-batch is padding; steps stay mixed."""
+        if len(set(self._lengths)) == 1:
+            return order
+        found: list[int] = []
+        for start in range(0, len(order), _POOL_STEPS * self._batch):
+            pool = sorted(order[start : start + _POOL_STEPS * self._batch], key=self._lengths.__getitem__)
+            groups = [pool[first : first + ALIKE] for first in range(0, len(pool), ALIKE)]
+            found += [place for number in torch.randperm(len(groups), generator=generator) for place in groups[number]]
         return found
 
     def _evaluate(self, note: dict[str, float]) -> None:
@@ -269,26 +339,31 @@ class _Run:
     def _diverged(self, what: str) -> StepError:
         mean = sum(self._best) / len(self._best)
         return StepError(
-            f"training: {what}; the best so far, held-out KLD {mean:.4g} after step {self._best_step}, is kept in "
+            f"training: {what}; the best so far, held-out score {mean:.4g} after step {self._best_step}, is kept in "
             f"{self._journal.best_file}",
             hint="Train with a lower learning rate.",
         )
 
     def _save(self) -> None:
+        started = time.monotonic()
+        masters = {name: value.detach() for name, value in self._weights.masters.items()}
         self._journal.save(
             {
                 "step": self._step,
+                "seconds": self._seconds,
+                "predicted_seconds": self._predicted,
                 "micro_batch": self._micro,
                 "best_step": self._best_step,
                 "before": self._before,
                 "best": self._best,
                 "history": self._history,
-                "masters": {name: value.detach() for name, value in self._weights.masters.items()},
+                "masters": masters if self._step else {},  # at the start they are the student's
                 "optimizer": self._optimizer.state_dict(),
                 "random": torch.get_rng_state(),
             }
         )
-        self._journal.note(self._history)
+        now, pause = time.monotonic(), self._settings.save_seconds
+        self._save_after = now + (max(pause, (now - started) / _SAVING_SHARE) if pause else 0.0)
 
     def _resumed(self) -> bool:
         """Take up the last state, if there is one."""
@@ -297,15 +372,17 @@ class _Run:
             return False
         self._step, self._micro, self._best_step = state["step"], state["micro_batch"], state["best_step"]
         self._before, self._best, self._history = state["before"], state["best"], state["history"]
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._spent, self._predicted = state["seconds"], state["predicted_seconds"]
         torch.set_rng_state(state["random"])
-        self._take(state["masters"])
+        if self._step:
+            self._optimizer.load_state_dict(state["optimizer"])
+            self._take(state["masters"].items())
         return True
 
-    def _take(self, masters: Mapping[str, torch.Tensor]) -> None:
+    def _take(self, masters: Iterable[tuple[str, torch.Tensor]]) -> None:
         with torch.no_grad():
-            for name, value in self._weights.masters.items():
-                value.copy_(masters[name])
+            for name, value in masters:
+                self._weights.masters[name].copy_(value)
         self._weights.push()
 
 
@@ -323,12 +400,16 @@ def _prepare(student: Any, checkpointing: bool) -> None:
             module.attention_dropout = 0.0
 
 
-def _fingerprint(settings: Settings, training: torch.Tensor, held_out: torch.Tensor, weights: Weights) -> str:
-    """Stands for what shapes a run: settings (not how often it is saved), text, and the masters it starts from."""
-    digest = hashlib.sha256(repr(sorted(asdict(replace(settings, save_seconds=0.0)).items())).encode())
+def _fingerprint(
+    student: Any, settings: Settings, training: torch.Tensor, held_out: torch.Tensor, weights: Weights
+) -> str:
+    """Stands for what shapes a run: settings (not how often it is saved), text, and the weights it starts from."""
+    shaping = replace(settings, save_seconds=0.0, probe=False)
+    digest = hashlib.sha256(repr(sorted(asdict(shaping).items())).encode())
     for windows in (training, held_out):
         digest.update(f"{tuple(windows.shape)}".encode() + windows.cpu().numpy().tobytes())
-    for name, value in weights.masters.items():
-        total = value.detach().double()
-        digest.update(f"{name} {tuple(value.shape)} {float(total.sum())} {float(total.square().sum())}".encode())
+    for name, value in (*weights.masters.items(), *student.named_parameters()):
+        values = value.detach().flatten()
+        total, square = values.sum(dtype=torch.float64), values @ values  # neither makes a copy
+        digest.update(f"{name} {tuple(value.shape)} {float(total)} {float(square)}".encode())
     return digest.hexdigest()

@@ -2,7 +2,7 @@
 
     state.pt            masters, optimizer, random numbers, step: all that the next step depends on
     best.safetensors    the masters that did best on held-out text
-    progress.json       losses and held-out divergence so far, for people to look at
+    progress.json       time it will take, losses and held-out divergence so far, for people to look at
 
 Every file is written beside and renamed. A state of another run (other data, settings or shapes: another fingerprint)
 is not taken up.
@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 
 from edgepack.files import storage_errors, write_atomic
+from edgepack.heal.watch import PROGRESS
 
-STATE, BEST, PROGRESS = "state.pt", "best.safetensors", "progress.json"
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+STATE, BEST = "state.pt", "best.safetensors"
 
 
 class Journal:
@@ -62,14 +64,31 @@ class Journal:
         """Write the masters that did best so far."""
         with storage_errors(self._folder):
             beside = self._folder / f"{BEST}.tmp"
-            save_file({name: values.detach().cpu().contiguous() for name, values in masters.items()}, beside)
+            _write(beside, masters)
             beside.replace(self.best_file)
 
-    def best(self) -> dict[str, torch.Tensor]:
-        """The masters that did best."""
-        found: dict[str, torch.Tensor] = load_file(self.best_file)
-        return found
+    def best(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The masters that did best, one after the other."""
+        with safe_open(self.best_file, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                yield name, file.get_tensor(name)
 
-    def note(self, history: list[dict[str, float]]) -> None:
-        """Write the history for people."""
-        write_atomic(self._folder / PROGRESS, json.dumps(history, indent=1).encode())
+    def note(self, history: list[dict[str, float]], steps: int, predicted_seconds: float | None) -> None:
+        """Write what is known so far, for people (`watch.py`)."""
+        document = {"steps": steps, "predicted_seconds": predicted_seconds, "history": history}
+        write_atomic(self._folder / PROGRESS, json.dumps(document, indent=1).encode())
+
+
+def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file tensor by tensor: `save_file` has a copy of all of them in memory first."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, values in tensors.items():
+        start, end = end, end + values.nbytes
+        header[name] = {"dtype": _DTYPES[values.dtype], "shape": list(values.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for values in tensors.values():
+            file.write(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from edgepack.heal.lora import adapted
 from edgepack.heal.objective import LEAST_K, forward, kept_bytes, mixed_precision
 from edgepack.workshop import available_memory_bytes
 
@@ -50,6 +51,18 @@ def activation_bytes(student: Any, window: torch.Tensor) -> int:
         for handle in handles:
             handle.remove()
     return int(4 * (_VALUES * values + _LOGIT_COPIES * logits.numel()))
+
+
+def halve(model: Any) -> None:
+    """Hold the matrices of a frozen model's layers in bfloat16; it is then run in mixed precision only."""
+    for _, module in adapted(model):
+        module.weight.data = module.weight.data.bfloat16()
+
+
+def widen(model: Any) -> None:
+    """Take `halve` back; exact where the file has bfloat16."""
+    for _, module in adapted(model):
+        module.weight.data = module.weight.data.float()
 
 
 def worth_keeping(tokens: int, training: torch.Tensor, teacher: Any) -> int | None:

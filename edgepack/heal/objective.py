@@ -13,16 +13,20 @@ is changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 
+from edgepack.heal.processor import fast_bfloat16
+from edgepack.heal.unembedding import Unembedding, blocks, take_apart
+
 # Positions that have less context are not scored: their predictions are those of a model that knows nothing yet.
 FIRST_SCORED = 32
-_ROWS = 256  # positions whose probabilities are worked on at once: a few MB for a vocabulary of thousands
+_VALUES = 1 << 19  # probabilities that are worked on at once: 2 MB, which stay in a cache
 LEAST_K = 512  # as good as all logits (docs/refining.md); less of the vocabulary starts to bias the student
+_JUDGED_BYTES = 256 << 20  # of what the teacher said of held-out windows: hidden states of them, or logits
 
 
 class Objective(Protocol):
@@ -61,51 +65,124 @@ class TowardsTeacher:
         hidden_weight: float = 0.0,
         keep: int | None = None,
     ) -> None:
-        self._teacher = teacher.eval().requires_grad_(False)
+        self._teacher = _Model(teacher.eval().requires_grad_(False))
+        self._student: _Model | None = None
         self._hidden = dict(hidden or {}) if hidden_weight else {}
         self._weight = hidden_weight
         self._keep = None if keep is None or self._hidden else max(LEAST_K, keep)
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._judged: dict[bytes, torch.Tensor] = {}
+        self._judged_bytes = 0
 
     def loss(self, student: Any, windows: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
         """See `Objective`."""
-        with mixed_precision(windows.device):
-            logits, states = forward(student, windows, hidden=bool(self._hidden))
+        ours = self._of(student)
         if self._keep is not None:
-            indices, logs = self._of_teacher(windows, places)
-            return kl_of_largest(logits.flatten(0, 1), indices, logs).mean()
-        with torch.no_grad(), mixed_precision(windows.device):
-            taught, wanted = forward(self._teacher, windows, hidden=bool(self._hidden))
-        found = forward_kl(logits.flatten(0, 1), taught.flatten(0, 1)).mean()
-        for ours, theirs in self._hidden.items():
-            cosine = torch.cosine_similarity(states[ours].float(), wanted[theirs].float(), dim=-1)
+            indices, logs = self._largest(windows, places)
+            with mixed_precision(windows.device):
+                last, _ = ours.last(windows)
+                return ours.mean(last, lambda some, logits: _largest_block(logits, indices[some], logs[some]))
+        with mixed_precision(windows.device):
+            with torch.no_grad():  # first: what its pass needs is free again before the student's pass keeps more
+                taught, wanted = self._teacher.last(windows, hidden=bool(self._hidden))
+            last, states = ours.last(windows, hidden=bool(self._hidden))
+            theirs = taught.flatten(0, 1)
+            found = ours.mean(last, lambda some, logits: _block(logits, self._teacher.logits(theirs[some])))
+        for mine, other in self._hidden.items():
+            cosine = torch.cosine_similarity(states[mine].float(), wanted[other].float(), dim=-1)
             found = found + self._weight / len(self._hidden) * (1 - cosine).mean()
         return found
 
     def score(self, student: Any, windows: torch.Tensor) -> torch.Tensor:
-        """Mean KL divergence of each window in nats per token, positions from `FIRST_SCORED` (half of a short one)."""
-        first = min(FIRST_SCORED, windows.shape[1] // 2)
-        found = []
-        with torch.no_grad():
+        """Mean KL divergence of each window in nats per token, positions from `FIRST_SCORED` (half of a short one).
+
+        In float32 where the teacher is: what the best of a run is chosen by.
+        """
+        ours, found = self._of(student), []
+        with torch.no_grad(), self._teacher.exact(windows.device):
             for window in windows[:, None]:  # one by one: the same value whatever it is scored with
-                with mixed_precision(windows.device):
-                    logits, _ = forward(student, window)
-                    taught, _ = forward(self._teacher, window)
-                found.append(forward_kl(logits[0, first:], taught[0, first:]).double().mean())
+                taught = self._verdict(window)
+                last = ours.last(window)[0][0, -len(taught) :]
+                total = torch.zeros((), dtype=torch.float64, device=windows.device)
+                for rows in blocks(len(last), ours.vocabulary(last)):
+                    values, _ = _block(ours.logits(last[rows]), self._teacher.logits(taught[rows]), derive=False)
+                    total += values.sum(dtype=torch.float64)
+                found.append(total / len(last))
         return torch.stack(found).cpu()
 
-    def _of_teacher(self, windows: torch.Tensor, places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _of(self, student: Any) -> _Model:
+        if self._student is None or self._student.model is not student:
+            self._student = _Model(student)
+        return self._student
+
+    def _verdict(self, window: torch.Tensor) -> torch.Tensor:
+        """What the teacher makes of the scored positions of a held-out window, from memory where it is."""
+        key = window.cpu().numpy().tobytes()
+        if (kept := self._judged.get(key)) is not None:
+            return kept
+        first = min(FIRST_SCORED, window.shape[1] // 2)
+        taught = self._teacher.last(window)[0][0, first:].clone()
+        if self._judged_bytes + taught.nbytes <= _JUDGED_BYTES:
+            self._judged[key] = taught
+            self._judged_bytes += taught.nbytes
+        return taught
+
+    def _largest(self, windows: torch.Tensor, places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices and log-probabilities `[positions, k]`, from memory where they are."""
         for window, place in zip(windows[:, None], places, strict=True):
             if place not in self._kept:
                 # One by one: a batch of other windows rounds differently, and a resumed run has other batches to fill.
                 with torch.no_grad(), mixed_precision(windows.device):
-                    taught, _ = forward(self._teacher, window)
-                logs = torch.log_softmax(taught[0].float(), dim=-1)
-                largest = logs.topk(min(self._keep or 0, logs.shape[-1]), dim=-1)
-                self._kept[place] = largest.indices.int(), largest.values.half()
+                    self._kept[place] = self._of_largest(self._teacher.last(window)[0][0])
         kept = [self._kept[place] for place in places]
         return torch.cat([indices for indices, _ in kept]).long(), torch.cat([logs for _, logs in kept]).float()
+
+    def _of_largest(self, taught: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        indices, logs = [], []
+        for rows in blocks(len(taught), self._teacher.vocabulary(taught)):
+            likely = torch.log_softmax(self._teacher.logits(taught[rows]).float(), dim=-1)
+            largest = likely.topk(min(self._keep or 0, likely.shape[-1]), dim=-1)
+            indices.append(largest.indices.int())
+            logs.append(largest.values)
+        return torch.cat(indices), torch.cat(logs).half()
+
+
+class _Model:
+    """A model up to what its logits are made of: last hidden states, or, where it can't be taken apart, the logits."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._half = any(values.dtype == torch.bfloat16 for values in model.parameters())
+        self._apart: Unembedding | None = None
+        self._tried = False
+
+    def exact(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Products as exact as the model allows: float32, unless its matrices are held in bfloat16."""
+        return mixed_precision(device) if self._half else torch.autocast(device.type, enabled=False)
+
+    def last(self, windows: torch.Tensor, *, hidden: bool = False) -> tuple[torch.Tensor, Any]:
+        """`[windows, tokens, width or vocabulary]`, and the hidden states of all layers if asked for."""
+        if not self._tried:
+            with self.exact(windows.device):
+                self._apart, self._tried = take_apart(self.model, windows), True
+        if self._apart is None:
+            return forward(self.model, windows, hidden=hidden)
+        return self._apart.states(windows, hidden=hidden)
+
+    def logits(self, last: torch.Tensor) -> torch.Tensor:
+        """Of some positions of what `last` gave."""
+        return last if self._apart is None else self._apart.logits(last)
+
+    def vocabulary(self, last: torch.Tensor) -> int:
+        """Length of a row of logits."""
+        return last.shape[-1] if self._apart is None else len(self._apart.weight)
+
+    def mean(self, last: torch.Tensor, block: Any) -> torch.Tensor:
+        """Mean over positions of a loss on logits, see `unembedding.Block`."""
+        if self._apart is not None:
+            return self._apart.mean(last.flatten(0, 1), block)
+        found: torch.Tensor = _OfLogits.apply(last.flatten(0, 1), block)
+        return found.mean()
 
 
 def forward(model: Any, windows: torch.Tensor, *, hidden: bool = False) -> tuple[torch.Tensor, Any]:
@@ -117,8 +194,20 @@ def forward(model: Any, windows: torch.Tensor, *, hidden: bool = False) -> tuple
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 products on a GPU; on a CPU, where most have no fast ones, float32."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    """bfloat16 products where the device has fast ones, else float32.
+
+    A GPU has; a CPU with AVX512-BF16 or AMX has: there they take a half to two thirds of the time (docs/healing.md).
+    """
+    if device.type == "cuda" or (device.type == "cpu" and fast_bfloat16()):
+        found: AbstractContextManager[Any] = torch.autocast(device.type, torch.bfloat16)
+        return found
+    return nullcontext()
+
+
+def _rows(positions: int, vocabulary: int) -> Iterator[slice]:
+    """Positions whose probabilities are worked on at once."""
+    count = max(16, _VALUES // vocabulary)
+    return (slice(start, start + count) for start in range(0, positions, count))
 
 
 def forward_kl(logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
@@ -128,34 +217,8 @@ def forward_kl(logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
         logits: Of the student, `[positions, vocabulary]`.
         taught: Of the teacher, same shape.
     """
-    found: torch.Tensor = _ForwardKl.apply(logits, taught)
+    found: torch.Tensor = _OfLogits.apply(logits, lambda some, values: _block(values, taught[some]))
     return found
-
-
-class _ForwardKl(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed
-    """Value and gradient (softmax of the student minus that of the teacher) in one pass, a few rows at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
-        needed = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(logits) if needed else None
-        found = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        for start in range(0, len(logits), _ROWS):
-            rows = slice(start, start + _ROWS)
-            theirs = torch.log_softmax(taught[rows].float(), dim=-1)
-            ours = torch.log_softmax(logits[rows].float(), dim=-1)
-            probability = theirs.exp()
-            found[rows] = (probability * theirs.sub_(ours)).sum(-1)
-            if gradient is not None:
-                gradient[rows] = ours.exp_().sub_(probability)
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *above: Any) -> Any:
-        (gradient,) = ctx.saved_tensors
-        return gradient * above[0][:, None].to(gradient.dtype), None
 
 
 def kl_of_largest(logits: torch.Tensor, indices: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
@@ -168,15 +231,67 @@ def kl_of_largest(logits: torch.Tensor, indices: torch.Tensor, logs: torch.Tenso
         indices: `[positions, k]`.
         logs: The teacher's log-probabilities of them.
     """
-    chosen = torch.log_softmax(logits.float(), dim=-1).gather(1, indices)
-    probability = logs.exp()
-    found = (probability * (logs - chosen)).sum(-1)
-    if indices.shape[1] == logits.shape[1]:
+    found: torch.Tensor = _OfLogits.apply(
+        logits, lambda some, values: _largest_block(values, indices[some], logs[some])
+    )
+    return found
+
+
+class _OfLogits(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed
+    """A loss of every position: value and gradient in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, block: Any) -> torch.Tensor:
+        values, gradient = block(slice(0, len(logits)), logits)
+        ctx.save_for_backward(gradient)
+        found: torch.Tensor = values
         return found
+
+    @staticmethod
+    def backward(ctx: Any, *above: Any) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * above[0][:, None].to(gradient.dtype), None
+
+
+def _block(
+    logits: torch.Tensor, taught: torch.Tensor, *, derive: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Divergence of every position, and its derivative: softmax of the student minus that of the teacher."""
+    gradient = torch.empty_like(logits) if derive else None
+    found = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    for rows in _rows(*logits.shape):
+        theirs = torch.log_softmax(taught[rows].float(), dim=-1)
+        ours = torch.log_softmax(logits[rows].float(), dim=-1)
+        probability = theirs.exp()
+        found[rows] = (probability * theirs.sub_(ours)).sum(-1)
+        if gradient is not None:
+            gradient[rows] = ours.exp_().sub_(probability)
+    return found, gradient
+
+
+def _largest_block(
+    logits: torch.Tensor, indices: torch.Tensor, logs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divergence over `k` tokens and a rest, and its derivative with respect to the logits.
+
+    With p and r the teacher's probabilities of the tokens and of the rest, q and s the student's: q - p for one of the
+    `k`, and q (1 - r / s) for every other.
+    """
+    gradient = torch.empty_like(logits)
+    found = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     smallest = torch.finfo(torch.float32).eps
-    rest = (1 - probability.sum(-1)).clamp(min=smallest)
-    left = (1 - chosen.exp().sum(-1)).clamp(min=smallest)
-    return found + rest * (rest.log() - left.log())
+    whole = indices.shape[1] == logits.shape[1]
+    for rows in _rows(*logits.shape):
+        some, theirs = indices[rows], logs[rows]
+        likely = torch.log_softmax(logits[rows].float(), dim=-1)
+        chosen, probability = likely.gather(1, some), theirs.exp()
+        value = (probability * (theirs - chosen)).sum(-1)
+        rest = (1 - probability.sum(-1)).clamp(min=smallest)
+        left = (1 - chosen.exp().sum(-1)).clamp(min=smallest)
+        found[rows] = value if whole else value + rest * (rest.log() - left.log())
+        likely.exp_().mul_((1 - rest / left)[:, None])
+        gradient[rows] = likely.scatter_(1, some, chosen.exp_().sub_(probability))
+    return found, gradient
 
 
 def kept_bytes(windows: int, tokens: int, vocabulary: int, keep: int = LEAST_K) -> int:

@@ -60,7 +60,7 @@ def text_samples(
     Raises:
         InputRefused: Fewer than two sentences, no tokenizer.json, or no mask token for fill-mask.
     """
-    engine, mask = read_tokenizer(tokenizer), _mask_token(tokenizer) if task == "fill-mask" else None
+    engine, mask = read_tokenizer(tokenizer), mask_token(tokenizer) if task == "fill-mask" else None
     engine.enable_truncation(longest)
     texts = sentences(content, count)
     found = []
@@ -106,7 +106,7 @@ def read_tokenizer(path: Path) -> Any:
     return load_tokenizer(parse_object(path.read_bytes(), str(path)), str(path))
 
 
-def _mask_token(tokenizer: Path) -> str:
+def mask_token(tokenizer: Path) -> str:
     """The text of the mask token, from the files beside tokenizer.json."""
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = tokenizer.parent / name

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepack.errors import InputRefused, StepError, UsageError
+from edgepack.errors import InputRefused, StepError
 from edgepack.events import Event, Listener, StepHandle, silent, step
 from edgepack.prune.request import Request, check
 
@@ -56,6 +56,7 @@ def prune(
     """
     from edgepack.publish import check_output, publish
     from edgepack.source import hash_source, resolve
+    from edgepack.text import named_evaluation_text
     from edgepack.workshop import refuse_changed, stamps
 
     check_output(Path(output), force=False)
@@ -66,7 +67,7 @@ def prune(
     with step(listener, "hash", source.name, unit="bytes") as handle:
         source = hash_source(source, handle.progress)
         handle.outcome = f"{len(source.files)} files"
-    arguments = _arguments(source, request, calibration, _text(evaluation), windows, threads)
+    arguments = _arguments(source, request, calibration, named_evaluation_text(evaluation), windows, threads)
     expect(arguments, listener)
     report: dict[str, Any] = {}
 
@@ -101,10 +102,11 @@ def pruned_source(
 
     from edgepack.digest import sha256_of
     from edgepack.prune.folder import SIDECAR
+    from edgepack.text import named_evaluation_text
     from edgepack.workshop import keyed, refuse_changed, stamps
 
     refuse_early(source, request)
-    text = _text(evaluation)
+    text = named_evaluation_text(evaluation)
     arguments = _arguments(source, request, calibration, text, WINDOWS, shop.threads)
     texts = {str(number): Path(path) for number, (_, path) in enumerate(_text_files(arguments))}
     inputs = {
@@ -249,13 +251,3 @@ def _text_files(arguments: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         tuple(file) for located in [arguments["calibration"], *arguments["vocabulary"]] for file in located["files"]
     ]
-
-
-def _text(evaluation: str | Path | None) -> Path:
-    from edgepack.text import default_evaluation_text
-
-    if evaluation is None:
-        return default_evaluation_text()
-    if not Path(evaluation).is_file():
-        raise UsageError(f"--evaluation: {evaluation} is not a file", hint="Name a UTF-8 text file.")
-    return Path(evaluation)

@@ -287,7 +287,8 @@ def _bits_per_byte(running: Running, folder: Path, texts: Texts) -> float:
 def _size(work: _Work, cut: Cut, texts: Texts) -> dict[str, int]:
     rows = work.sizes.vocabulary if cut.tokens is None else len(cut.tokens)
     after = pieces(work.checkpoint, work.anatomy, work.sizes, cut)
-    return size_of(after, work.anatomy, output_rows=rows if texts.generates else 0)
+    found = size_of(after, work.anatomy, output_rows=rows if texts.generates else 0)
+    return found | {"layers": len(cut.layers or range(work.sizes.layers))}
 
 
 def _state(work: _Work, running: Running, cut: Cut) -> Callable[[], AbstractContextManager[None]]:

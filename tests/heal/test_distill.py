@@ -107,6 +107,33 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(distil: Distil, save_s
     assert len(seen) == (8 if save_seconds == 0 else 16)  # from the last state, or from the first
 
 
+@pytest.mark.parametrize("steps", [1, 3, 4, 15])
+def test_whatever_step_it_is_killed_after_the_result_is_the_same(distil: Distil, steps: int, tmp_path: Path) -> None:
+    whole, expected = distil("whole")
+
+    def die(done: int, total: int) -> None:
+        if done == steps * 6 * 32:
+            (tmp_path / "killed" / "state.pt.tmp").write_bytes(b"half a state")
+            raise Killed
+
+    with pytest.raises(Killed):
+        distil("killed", progress=die)
+    resumed, student = distil("killed")
+    assert resumed == whole and same(student, expected)
+
+
+def test_scoring_takes_a_share_of_the_time_and_is_done_twice_at_least() -> None:
+    assert [paced(tokens, 512, 1e-4, held_out=24).evaluations for tokens in (20_000, 300_000, 5_000_000)] == [2, 8, 8]
+    assert paced(100_000, 512, 1e-4, held_out=24).evaluations < paced(100_000, 512, 1e-4, held_out=12).evaluations
+
+
+def test_a_run_that_was_timed_before_the_start_comes_to_the_same_weights(distil: Distil) -> None:
+    plain, expected = distil("plain", settings=replace(SETTINGS, micro_batch=2))
+    timed, student = distil("timed", settings=replace(SETTINGS, micro_batch=2, probe=True))
+    assert timed == plain and same(student, expected)
+    assert plain.predicted_seconds is None and timed.predicted_seconds is not None and timed.predicted_seconds > 0
+
+
 def test_a_state_of_another_run_is_not_taken_up(distil: Distil) -> None:
     distil("shared")
     other = replace(SETTINGS, learning_rate=1e-3)
@@ -143,7 +170,7 @@ def test_a_loss_that_is_nan_ends_in_an_error_and_keeps_the_best_on_disk(
         distil(objective=Breaking(teacher), settings=replace(SETTINGS, micro_batch=3))
     assert e.value.exit_code == 1 and "lower learning rate" in (e.value.hint or "")
     expected, student = distil("short", settings=replace(SETTINGS, tokens=16 * 6 * 32))
-    kept = module.Journal(tmp_path / "journal", "").best()
+    kept = dict(module.Journal(tmp_path / "journal", "").best())
     student.load_state_dict(kept, strict=False)
     score = TowardsTeacher(teacher).score(student, text[1]).mean()
     assert float(score) < sum(expected.before) / len(expected.before)

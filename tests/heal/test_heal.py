@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+sys.path.append(str(Path(__file__).parents[1] / "prune"))
+from pruning_models import cut, make
 
 from edgepack.errors import InputRefused, UsageError
 from edgepack.heal import command
@@ -60,6 +69,20 @@ def test_a_healed_model_is_nearer_to_its_teacher_by_transformers_own_word(damage
     assert teacher < after < 0.95 * before
 
 
+def test_the_report_says_what_came_back_on_text_that_nothing_was_tuned_on(damaged: Path, healed: tuple) -> None:
+    folder, report = healed
+    found = report["evaluation"]
+    # perplexities of transformers' own loss, over other positions of the same text
+    for key, path in (("teacher", EXAMPLE), ("before", damaged), ("after", folder)):
+        assert found[key]["perplexity"] == pytest.approx(perplexity(path), rel=0.35)
+    assert found["before"]["mean_kld"] > found["after"]["mean_kld"] > 0
+    lost, left = (math.log(found[key]["perplexity"] / found["teacher"]["perplexity"]) for key in ("before", "after"))
+    assert found["recovered"]["log_likelihood"] == pytest.approx(1 - left / lost, abs=1e-3)
+    share = 1 - found["after"]["mean_kld"] / found["before"]["mean_kld"]
+    assert found["recovered"]["kld"] == pytest.approx(share, abs=1e-3)
+    assert found["text"] == default_evaluation_text().name
+
+
 def test_the_healed_folder_has_the_students_files_names_and_formats(damaged: Path, healed: tuple) -> None:
     folder, report = healed
     names = sorted(path.name for path in folder.iterdir())
@@ -100,5 +123,38 @@ def test_what_can_not_be_healed_is_refused_before_any_work(damaged: Path, tmp_pa
 def test_text_that_is_measured_on_is_refused(damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEPACK_CACHE", str(tmp_path / "store"))
     with pytest.raises(InputRefused, match="evaluation text"):
-        command.heal(damaged, EXAMPLE, tmp_path / "a", "8k", calibration=str(default_evaluation_text()))
+        command.heal(damaged, EXAMPLE, tmp_path / "a", "8k", options=command.Options(str(default_evaluation_text())))
     assert not (tmp_path / "a").exists()
+
+
+def test_killed_half_way_the_same_command_ends_with_the_same_bytes(damaged: Path, tmp_path: Path) -> None:
+    def command_line(name: str) -> tuple[list[str], dict[str, str]]:
+        words = ["heal", damaged, "--teacher", EXAMPLE, "--tokens", "4k", "-o", tmp_path / name, "-q"]
+        store = {"EDGEPACK_CACHE": str(tmp_path / f"store-{name}")}
+        return [sys.executable, "-m", "edgepack.cli", *map(str, words)], os.environ | store
+
+    whole, environment = command_line("whole")
+    assert subprocess.run(whole, env=environment, capture_output=True).returncode == 0
+    arguments, environment = command_line("killed")
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "store-killed").glob("journals/*/state.pt")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    assert subprocess.run(arguments, env=environment, capture_output=True).returncode == 0
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_an_encoder_is_healed_by_its_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPACK_CACHE", str(tmp_path / "store"))
+    teacher = make("bert", tmp_path / "teacher")
+    student = cut(teacher, tmp_path / "student", layers=(0, 1, 3))
+    folder, report = command.heal(student, teacher, tmp_path / "healed", "8k")
+    rows = report["evaluation"]
+    assert rows["after"]["cosine_mean"] > rows["before"]["cosine_mean"]
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 3
+    with pytest.raises(InputRefused, match="is an encoder"):
+        command.heal(student, EXAMPLE, tmp_path / "mixed", "20k")

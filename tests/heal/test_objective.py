@@ -68,6 +68,22 @@ def test_the_largest_and_a_rest_never_exceed_the_divergence_and_come_near(
     assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 0.01
 
 
+def test_the_gradient_over_the_largest_is_that_of_the_formula(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, taught = pair
+    largest = torch.log_softmax(taught, -1).topk(64)
+    weight = torch.rand(len(logits))
+    found = kl_of_largest(logits, largest.indices, largest.values)
+    (ours,) = torch.autograd.grad((found * weight).sum(), logits)
+    wide = logits.detach().double().requires_grad_(True)
+    chosen = torch.log_softmax(wide, -1).gather(1, largest.indices)
+    p = largest.values.double().exp()
+    rest, left = 1 - p.sum(-1), 1 - chosen.exp().sum(-1)
+    expected = (p * (largest.values - chosen)).sum(-1) + rest * (rest.log() - left.log())
+    (theirs,) = torch.autograd.grad((expected * weight).sum(), wide)
+    assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(ours, theirs.float(), atol=1e-5)
+
+
 def test_what_the_teacher_said_is_kept_and_asked_for_once() -> None:
     teacher, student = Table(700, 1), Table(700, 2)
     asked = []
@@ -79,6 +95,17 @@ def test_what_the_teacher_said_is_kept_and_asked_for_once() -> None:
     assert float(keeping.loss(student, windows[[2, 0]], [9, 7]).detach()) != first and len(asked) == 3
     assert float(keeping.loss(student, windows, [7, 8, 9]).detach()) == first
     assert first == pytest.approx(float(running.loss(student, windows, [0, 1, 2]).detach()), rel=0.02)
+
+
+def test_the_teacher_is_asked_once_about_held_out_windows() -> None:
+    teacher, student = Table(60, 1), Table(60, 2)
+    asked = []
+    teacher.register_forward_hook(lambda module, inputs, output: asked.append(1))
+    windows = torch.randint(60, (4, 20), generator=torch.Generator().manual_seed(3))
+    objective = TowardsTeacher(teacher)
+    first = objective.score(student, windows)
+    assert torch.equal(objective.score(student, windows.clone()), first) and len(asked) == 4
+    assert objective.score(student, windows.flip(1)).tolist() != first.tolist() and len(asked) == 8
 
 
 def test_a_score_does_not_depend_on_what_is_scored_beside_it() -> None:

@@ -1,0 +1,162 @@
+"""What healing is said to take, against what it takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from edgepack.checkpoint import open_checkpoint
+from edgepack.heal.cost import Cost, Facts, Means, facts_of, memory_bytes, training_seconds
+from edgepack.heal.means import predict
+from edgepack.heal.probe import Pace, timed
+from edgepack.heal.watch import Watcher
+from edgepack.heal.weights import FullWeights
+from edgepack.worker import run_measured
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama-5m"
+FULL = Means("full", 0, checkpointing=False, micro_batch=4)
+LORA = Means("lora", 32, checkpointing=False, micro_batch=4)
+
+
+@pytest.fixture(scope="module")
+def facts() -> Facts:
+    return facts_of(open_checkpoint(EXAMPLE))
+
+
+def memory(facts: Facts, means: Means = FULL, window: int = 512, **options: bool) -> int:
+    return memory_bytes(facts, facts, means, window, **({"mixed": True} | options))
+
+
+def test_facts_are_those_of_the_loaded_model(facts: Facts) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(EXAMPLE)
+    inside = [module for name, module in model.model.layers.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert facts.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert facts.inside == sum(module.weight.numel() for module in inside)
+    assert facts.flow == sum(module.in_features + module.out_features for module in inside)
+    config = model.config
+    assert (facts.layers, facts.hidden, facts.vocabulary, facts.context) == (
+        config.num_hidden_layers, config.hidden_size, config.vocab_size, config.max_position_embeddings,
+    )  # fmt: skip
+    assert facts.stored_half
+
+
+def test_memory_grows_with_everything_that_is_held(facts: Facts) -> None:
+    base = memory(facts)
+    wider = replace(facts, parameters=2 * facts.parameters, inside=2 * facts.inside, flow=2 * facts.flow)
+    larger = {
+        "model": memory(wider),
+        "vocabulary": memory(replace(facts, vocabulary=4 * facts.vocabulary)),
+        "window": memory(facts, window=1024),
+        "micro-batch": memory(facts, replace(FULL, micro_batch=8)),
+        "float32": memory(facts, mixed=False),
+    }
+    smaller = {
+        "checkpointing": memory(facts, replace(FULL, checkpointing=True)),
+        "half": memory(facts, replace(FULL, half=True)),
+        "fewer windows": memory(facts, replace(FULL, micro_batch=1)),
+    }
+    assert all(value > base for value in larger.values()), larger
+    assert all(value < base for value in smaller.values()), smaller
+    assert memory(facts, replace(LORA, rank=16)) < memory(facts, replace(LORA, rank=64))
+    # Where weights outweigh activations, adapters are what saves.
+    assert memory(wider, replace(LORA, micro_batch=1), window=32) < memory(
+        wider, replace(FULL, micro_batch=1), window=32
+    )
+
+
+def test_time_grows_with_tokens_models_and_repeated_passes(facts: Facts) -> None:
+    def seconds(tokens: int = 10**6, student: Facts = facts, means: Means = FULL, **options: Any) -> float:
+        return training_seconds(student, facts, means, tokens, 512, **({"mixed": True, "cores": 2} | options))
+
+    assert seconds(2 * 10**6) == pytest.approx(2 * seconds())
+    assert seconds(student=replace(facts, inside=2 * facts.inside)) > 1.2 * seconds()
+    assert seconds(means=replace(FULL, checkpointing=True)) > seconds() > seconds(means=LORA)
+    assert seconds(cores=1) == pytest.approx(2 * seconds())
+    assert seconds(mixed=False) > seconds() > seconds(gpu=True)
+
+
+def test_a_cost_reads_as_a_sentence() -> None:
+    assert Cost(FULL, 2_340_000_000, 5400).sentence() == "all weights; about 90 min; 2.3 GB of memory"
+    assert "LoRA of rank 32, frozen weights in bfloat16; about 45 s" in Cost(replace(LORA, half=True), 1, 45).sentence()
+
+
+@pytest.fixture(scope="module")
+def healed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], int, Path]:
+    """The example healed by itself in a process of its own: report, peak memory, journal."""
+    from edgepack.text import default_evaluation_text
+
+    folders = [tmp_path_factory.mktemp(name) for name in ("healed", "journal")]
+    arguments = {
+        "model": str(EXAMPLE), "teacher": str(EXAMPLE), "folder": str(folders[0]), "journal": str(folders[1]),
+        "tokens": 36 * 512, "text": None, "evaluation": str(default_evaluation_text()), "threads": 1,
+    }  # fmt: skip
+    report, usage = run_measured("edgepack.heal.worker:heal", arguments, what="healing")
+    return report, usage.peak_rss_bytes, folders[1]
+
+
+def test_memory_is_predicted_within_a_fifth(healed: tuple[dict[str, Any], int, Path]) -> None:
+    report, peak, _ = healed
+    checkpoint = open_checkpoint(EXAMPLE)
+    expected = predict(checkpoint, checkpoint, 36 * 512, cores=1)
+    assert expected.memory_bytes == pytest.approx(peak, rel=0.2)
+    assert report["cost"]["predicted_memory_bytes"] == expected.memory_bytes
+    assert report["cost"]["peak_memory_bytes"] == pytest.approx(peak, rel=0.02)
+    assert report["means"]["method"] == expected.means.method == "full"
+
+
+def test_time_is_predicted_from_real_passes(healed: tuple[dict[str, Any], int, Path]) -> None:
+    cost = healed[0]["cost"]
+    # Whatever else the machine does: a half of it or twice as much would be a mistake in the sum.
+    assert 0.4 < cost["predicted_seconds"] / cost["seconds"] < 2.5
+    assert cost["tokens_per_s"] == pytest.approx(healed[0]["tokens"] / cost["seconds"])
+
+
+def test_what_a_run_notes_down_is_told_once_and_in_words(healed: tuple[dict[str, Any], int, Path]) -> None:
+    report, _, journal = healed
+    lines: list[str] = []
+    seen: list[tuple[int, int]] = []
+    watcher = Watcher(journal, lines.append, lambda done, total: seen.append((done, total)))
+    watcher(1, 2)
+    watcher(2, 2)
+    assert seen == [(1, 2), (2, 2)]
+    assert lines[0].startswith("training takes about ")
+    scored = [f"step {row['step']} of {report['steps']}" for row in report["held_out"]]
+    assert [line.split(":")[0] for line in lines[1:]] == scored
+    assert "loss" not in lines[1] and all("held-out KLD" in line for line in lines[1:])
+
+
+def test_a_journal_that_is_not_there_yet_is_no_news(tmp_path: Path) -> None:
+    lines: list[str] = []
+    Watcher(tmp_path, lines.append, lambda done, total: None)(1, 2)
+    (tmp_path / "progress.json").write_text("{")
+    Watcher(tmp_path, lines.append, lambda done, total: None)(1, 2)
+    assert lines == []
+
+
+def test_a_pace_adds_up() -> None:
+    assert Pace(window=2.0, optimizer=0.5, scored=1.0).seconds(windows=40, steps=10, scored=6) == 40 * 2 + 5 + 6
+
+
+def test_timing_changes_neither_weights_nor_gradients_nor_random_numbers() -> None:
+    torch.manual_seed(0)
+    student = torch.nn.Linear(3, 3)
+
+    class Aim:
+        def loss(self, model: Any, windows: Any, places: Any) -> torch.Tensor:
+            found: torch.Tensor = model(windows).square().mean()
+            return found
+
+        def score(self, model: Any, windows: Any) -> torch.Tensor:
+            return torch.zeros(len(windows))
+
+    before, state = student.weight.clone(), torch.get_rng_state()
+    pace = timed(student, Aim(), FullWeights(student), torch.ones(2, 3), torch.ones(1, 3))
+    assert pace.window > 0 and pace.optimizer > 0 and pace.scored >= 0
+    assert torch.equal(student.weight, before) and student.weight.grad is None
+    assert torch.equal(torch.get_rng_state(), state)
