@@ -2,7 +2,7 @@
 
     <name>-<target>/
       edgepack.json       the manifest: what this is, from what and how, every file with its sha256, digests, verdict
-      model/              the artifact
+      model/              the artifact; a draft model for speculative decoding in model/draft/
       tokenizer/          only for formats that do not embed it
       runtime.json        engine, oldest version, load options
       Modelfile           for Ollama

@@ -17,8 +17,12 @@ from edgepack.measurement import Measurement
 from edgepack.package import onnx_run
 from edgepack.package.allocation import allocation
 from edgepack.package.candidates import candidates
+from edgepack.package.choice import choice
 from edgepack.package.how_to_run import sections
 from edgepack.package.licences import one_line
+from edgepack.package.markdown import escape
+from edgepack.package.speculation import speculation
+from edgepack.package.steps import steps
 from edgepack.wording import ROWS, in_words, limits, measured
 
 # Rows whose samples are those that the fidelity of a package rests on.
@@ -65,15 +69,18 @@ def card(manifest: Mapping[str, Any], evidence: Evidence, runtime: Mapping[str, 
         _summary(manifest, evidence.plan),
         table(rows, embedding=bool(runtime.get("embedding"))),
         _footnote(manifest, rows),
+        steps(evidence.plan.get("waterfall") or (), manifest["recipe"]),
         _checks(evidence.conformance),
         "## Run it",
         _engine(runtime),
         *_run(manifest, runtime),
+        speculation(manifest["recipe"], manifest["artifact"], runtime),
         "## Where it is from",
         _origin(manifest, licences),
         "## How it was made",
         _facts(_recipe(manifest["recipe"]) | {"toolchain": _toolchain(manifest["toolchain"])}),
         candidates(manifest["recipe"].get("search")),
+        choice(manifest["recipe"].get("auto")),
         allocation(manifest["recipe"]),
         "## Check it",
         f"{_code('edgepack verify .')} checks every byte, {_code('sha256sum -c SHA256SUMS')} does so without edgepack, "
@@ -234,9 +241,12 @@ _CHECKS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
+_OWN_SECTION = ("search", "prune", "heal", "auto", "draft")  # of the recipe: shown elsewhere on the card
+
+
 def _recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The options, and how many tensors have which type instead of the list of all of them."""
-    shown = {key: value for key, value in recipe.items() if value not in (None, False) and key != "search"}
+    shown = {key: value for key, value in recipe.items() if value not in (None, False) and key not in _OWN_SECTION}
     types = recipe.get("types")
     if isinstance(types, Mapping):
         counts = Counter(str(value) for value in types.values())
@@ -306,14 +316,6 @@ def _short(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(_short(item) for item in value)[:400]
     return escape(value)
-
-
-def escape(value: Any) -> str:
-    """Text from elsewhere as Markdown that shows it and does nothing else."""
-    text = one_line(value)
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    # An underscore inside a word is plain (CommonMark 0.31, rule 2 of emphasis): Q4_K_M stays readable.
-    return re.sub(r"([\\`*\[\]|~$!]|^[#+\-=]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def _code(text: str) -> str:

@@ -24,7 +24,7 @@ def sections(name: str, artifact: str, runtime: Mapping[str, Any]) -> list[tuple
         artifact: Path of the model file in the package.
         runtime: `runtime.json`.
     """
-    options = _llama_cpp_options(runtime)
+    options = llama_cpp_options(runtime)
     model = shlex.quote(artifact)
     short = _model_name(name)
     single = shlex.quote(_single_file(artifact))
@@ -71,7 +71,12 @@ def _single_file(artifact: str) -> str:
     return f"../{shard['stem']}.gguf" if shard else artifact
 
 
-def _llama_cpp_options(runtime: Mapping[str, Any]) -> str:
+def llama_cpp_options(runtime: Mapping[str, Any]) -> str:
+    """Context, threads and layers on the accelerator as llama.cpp's programs take them, each after a space.
+
+    Args:
+        runtime: `runtime.json`.
+    """
     options = []
     if runtime.get("context"):
         options.append(f"-c {int(runtime['context'])}")

@@ -19,6 +19,7 @@ SAMPLES = "evidence/samples.jsonl"
 DETAILS = "evidence/details.json"
 REPORT = "evidence/report.html"
 NOTICE = "LICENSES/NOTICE.txt"
+DRAFT_FOLDER = "model/draft/"  # inside model/: it is run on the device too, and older readers count it in
 # A file in these is part of `artifact_digest`: what a device runs, and nothing that was measured.
 ARTIFACT_FOLDERS = ("model/", "tokenizer/")
 

@@ -26,6 +26,7 @@ from edgepack.package.how_to_run import modelfile
 from edgepack.package.layout import (
     CARD,
     DETAILS,
+    DRAFT_FOLDER,
     FILE_MODE,
     FOLDER_MODE,
     MANIFEST,
@@ -88,7 +89,7 @@ def write_package(
         measured_on: Facts of the machine the measurements are from; no host name, no path.
         plan: The plan's JSON.
         artifact: The model files: paths that are moved into `model/`, or a function that is given `model/` and fills
-            it; empty when they are there already. Nothing is copied here.
+            it; empty when they are there already. Nothing is copied here. A draft model lies in `model/draft/`.
         conformance: What the checks against the source found: `tokens`, `chat`, `logits`, `reference`; it stands in
             `validation.json` beside the measurements.
         tokenizer: File name -> content, for formats that do not embed the tokenizer.
@@ -110,7 +111,7 @@ def write_package(
     with storage_errors(folder):
         _prepare(folder)
         _place(folder, artifact)
-        model_files = sorted(f"model/{path.name}" for path in (folder / "model").iterdir())
+        model_files = _model_files(folder)
     main = _main_file(model_files)
     verdict = overall(measurements)
     rows = [_finite(row) for row in measurements]
@@ -226,13 +227,21 @@ def _place(folder: Path, artifact: Artifact) -> None:
         shutil.move(path, folder / "model" / path.name)  # a rename where it can be one
 
 
+def _model_files(folder: Path) -> list[str]:
+    """The files of the artifact, and those of a draft model in a folder of its own."""
+    places = [path for path in (folder / "model").iterdir() if path != folder / DRAFT_FOLDER]
+    draft = (folder / DRAFT_FOLDER).iterdir() if (folder / DRAFT_FOLDER).is_dir() else ()
+    return sorted(path.relative_to(folder).as_posix() for path in (*places, *draft))
+
+
 def _main_file(model_files: list[str]) -> str:
-    """The file a runtime opens: the first shard of a GGUF, the graph of an ONNX, the only file."""
+    """The file a runtime opens: the first shard of a GGUF, the graph of an ONNX, the only file; never a draft."""
     for path in model_files:
         problem = path_problem(path)
         if problem:
             raise UsageError(f"{path!a}: the file name {problem}")
-    found = next((path for path in model_files if path.endswith((".gguf", ".onnx"))), None)
+    own = (path for path in model_files if not path.startswith(DRAFT_FOLDER))
+    found = next((path for path in own if path.endswith((".gguf", ".onnx"))), None)
     if found is None:
         raise StepError("there is no .gguf or .onnx file in model/: nothing to package")
     return found

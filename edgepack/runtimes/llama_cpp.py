@@ -12,7 +12,7 @@ texts or measurements.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from edgepack.errors import StepError, UsageError
 from edgepack.runtimes import amx
+from edgepack.runtimes.llama_batch import Batch, groups
 from edgepack.runtimes.llama_bindings import (
     BATCH,
     KV_TYPES,
@@ -115,7 +116,7 @@ class Model:
             words = reason()
             self.close()
             raise StepError(f"{self.path}: llama.cpp can't make a context of {params.n_ctx} tokens: {words}")
-        self._arrays = _Batch(self._api, max(self.batch, sequences))
+        self._arrays = Batch(self._api, max(self.batch, sequences))
 
     def _load(self, gpu_layers: int, vocab_only: bool) -> None:
         if not self.path.is_file():
@@ -285,6 +286,33 @@ class Model:
         """The likeliest next token after `feed`."""
         return int(np.argmax(self._output(1)))
 
+    def read(self, ids: Sequence[int], position: int) -> Floats:
+        """Decode tokens of sequence 0 from `position` on in one pass, with logits for every one of them.
+
+        Args:
+            ids: At most `batch` tokens.
+            position: Of the first; what the cache holds from there on must have been forgotten.
+
+        Returns:
+            float32 `[len(ids), vocab_size]`, a view that the next call overwrites; row i is for the token after ids[i].
+        """
+        count = len(ids)
+        places = np.arange(position, position + count, dtype=np.int32)
+        tokens = np.asarray(ids, dtype=np.int32)
+        self._arrays.fill(tokens, places, np.zeros(count, dtype=np.int32), np.ones(count, dtype=bool))
+        self._decode()
+        return self._output(count)
+
+    def forget(self, position: int) -> None:
+        """Take the tokens of sequence 0 from `position` on out of the cache.
+
+        Raises:
+            StepError: The model keeps a running state instead of a token by token cache (Mamba and its like).
+        """
+        memory = self._api.llama_get_memory(self._context)
+        if not memory or not self._api.llama_memory_seq_rm(memory, 0, position, -1):
+            raise StepError(f"{self.path}: llama.cpp can't take tokens out of this model's cache")
+
     def _decode(self) -> None:
         forget_errors()
         status = self._api.llama_decode(self._context, self._arrays.value)
@@ -317,7 +345,7 @@ class Model:
         width = int(self._api.llama_model_n_embd_out(self._model))
         out = np.empty((len(sequences), width), dtype=np.float32)
         step = self._api.llama_decode if self._api.llama_get_memory(self._context) else self._api.llama_encode
-        for place, group in _groups(sequences, self.sequences, self.batch, self.context):
+        for place, group in groups(sequences, self.sequences, self.batch, self.context):
             self.clear()
             ids = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in group])
             positions = np.concatenate([np.arange(len(ids), dtype=np.int32) for ids in group])
@@ -370,66 +398,3 @@ def describe_artifact(path: str | Path) -> Artifact:
             trained_context=int(model.meta(f"{architecture}.context_length") or 0),
             pooled=int(model.meta(f"{architecture}.pooling_type") or 0) not in (_POOLING_NONE, _POOLING_RANK),
         )
-
-
-class _Batch:
-    """A `llama_batch` over numpy arrays: filled by slices, not token by token."""
-
-    def __init__(self, api: Any, capacity: int) -> None:
-        self._token = np.zeros(capacity, dtype=np.int32)
-        self._position = np.zeros(capacity, dtype=np.int32)
-        self._owner = np.zeros(capacity, dtype=np.int32)
-        self._count = np.ones(capacity, dtype=np.int32)
-        self._wanted = np.zeros(capacity, dtype=np.int8)
-        # seq_id is a pointer per token: each points at that token's place in _owner
-        self._owners = self._owner.ctypes.data + 4 * np.arange(capacity, dtype=np.uintp)
-        fields = dict(api.llama_batch._fields_)
-        self.value = api.llama_batch(
-            n_tokens=0,
-            token=ctypes.cast(self._token.ctypes.data, fields["token"]),
-            embd=None,
-            pos=ctypes.cast(self._position.ctypes.data, fields["pos"]),
-            n_seq_id=ctypes.cast(self._count.ctypes.data, fields["n_seq_id"]),
-            seq_id=ctypes.cast(self._owners.ctypes.data, fields["seq_id"]),
-            logits=ctypes.cast(self._wanted.ctypes.data, fields["logits"]),
-        )
-
-    def fill(
-        self,
-        tokens: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32],
-        owners: npt.NDArray[np.int32],
-        wanted: npt.NDArray[np.bool_],
-    ) -> None:
-        """Describe a batch: ids, positions, owning sequences, and where logits are wanted; each `[tokens]`."""
-        count = len(tokens)
-        self._token[:count] = tokens
-        self._position[:count] = positions
-        self._owner[:count] = owners
-        self._wanted[:count] = wanted
-        self.value.n_tokens = count
-
-    def fill_one(self, token: int, position: int) -> None:
-        """One token of sequence 0: the step of a running answer, kept short because it is timed."""
-        self._token[0] = token
-        self._position[0] = position
-        self._owner[0] = 0
-        self._wanted[0] = 1
-        self.value.n_tokens = 1
-
-
-def _groups(
-    sequences: Sequence[Sequence[int]], most: int, batch: int, context: int
-) -> Iterator[tuple[int, list[Sequence[int]]]]:
-    """Consecutive sequences that fit in one batch, with the place of the first."""
-    group: list[Sequence[int]] = []
-    start = 0
-    for place, ids in enumerate(sequences):
-        if not 0 < len(ids) <= context:
-            raise UsageError(f"embed: sequence {place} has {len(ids)} tokens, expected 1 to {context}")
-        if group and (len(group) == most or sum(map(len, group)) + len(ids) > batch):
-            yield start, group
-            group, start = [], place
-        group.append(ids)
-    if group:
-        yield start, group

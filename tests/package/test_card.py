@@ -194,3 +194,39 @@ def test_the_unknown_licence_is_stated_not_left_out(tmp_path):
     assert "| licence | unknown: the source states none" in readme(
         tmp_path, source=FakeSource(licence=None), licences={}
     )
+
+
+CANDIDATES = [
+    {"variant": "bits alone", "quantize": None, "outcome": "0.7 MB over the budget"},
+    {
+        "variant": "depth=2", "quantize": "3.10bpw", "artifact_bytes": 1_500_000, "best_kld": 0.5, "expected_kld": 0.9,
+        "predicted_decode_tokens_per_s": 61.2, "measured": {"mean_kld": 0.71}, "outcome": "chosen: KLD 0.71 measured",
+    },
+]  # fmt: skip
+
+
+def test_an_automatic_plan_says_what_it_chose_between_and_why_the_others_lost(tmp_path):
+    record = {
+        "chosen": "depth=2", "why": "bits alone can't meet the budgets", "judged_on": "the last tenth of a|b.txt",
+        "trial_tokens": 20_000, "candidates": CANDIDATES,
+    }  # fmt: skip
+    card = readme(tmp_path, recipe={"quantize": "3.10bpw", "auto": record})
+    section = card[card.index("## Bits, depth or width") :]
+    assert "| bits alone |  |  |  |  |  |  | 0.7 MB over the budget |" in section
+    assert "| depth=2 | 3.10bpw | 1.5 | 61.2 | 0.5 | 0.9 | 0.71 | chosen: KLD 0.71 measured |" in section
+    assert "bits alone can't meet the budgets" in section and "20,000 tokens" in section and r"a\|b.txt" in section
+
+
+def test_steps_before_quantization_are_a_table_with_what_healing_brought_back(tmp_path):
+    rows = [
+        {"step": "source", "bytes": 10_000_000, "parameters": 5_000_000, "perplexity": 11.62},
+        {"step": "depth", "bytes": 8_000_000, "parameters": 4_000_000, "mean_kld": 1.69, "perplexity": 47.6},
+        {"step": "Q8_0", "bytes": 4_000_000, "mean_kld": 1.1, "decode_tokens_per_s_p50": 2502.0},
+    ]
+    healed = {"tokens": 20_480, "evaluation": {"recovered": {"kld": 0.35, "log_likelihood": 0.5}}}
+    plan = {"schema_version": 1, "parameters": 4_000_000, "waterfall": rows}
+    card = readme(tmp_path, plan=plan, recipe={"quantize": "Q8_0", "heal": healed, "prune": {"removed": {}}})
+    section = card[card.index("## Step by step") :]
+    assert "| depth | 8.0 | 4.00 | 1.69 | 47.6 |  |" in section
+    assert "| Q8_0 | 4.0 |  | 1.1 |  | 2,502 |" in section
+    assert "20,480 tokens and brought back 35 % of the KL divergence and 50 % of the lost log-likelihood" in section

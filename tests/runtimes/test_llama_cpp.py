@@ -302,3 +302,28 @@ def test_a_process_that_has_amx_tiles_already_runs_quantized_models_all_the_same
 def test_signal_stacks_are_described_as_the_kernel_does() -> None:
     if platform.machine() == "x86_64":
         assert ctypes.sizeof(amx._SignalStack) == 24  # stack_t of the x86-64 ABI
+
+
+def test_several_tokens_read_at_once_have_the_logits_of_the_whole_text(exact: Model) -> None:
+    ids = exact.tokenize(PROMPT, add_special=True, parse_special=False)
+    expected = exact.logits([ids], 20)[0]
+    exact.clear()
+    exact.feed(ids[:20], 0)
+    assert np.abs(exact.read(ids[20:], 20) - expected).max() < 1e-3
+
+
+def test_what_is_forgotten_leaves_no_trace(exact: Model) -> None:
+    ids = exact.tokenize(PROMPT, add_special=True, parse_special=False)
+    exact.clear()
+    exact.feed(ids[:20], 0)
+    expected = exact.read(ids[20:23], 20).copy()
+    exact.forget(20)
+    exact.read(ids[30:36], 20)  # six other tokens, then back to where they began
+    exact.forget(20)
+    assert np.array_equal(exact.read(ids[20:23], 20), expected)
+
+
+def test_a_cache_that_tokens_cannot_be_taken_out_of_is_named(exact: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact._api, "llama_memory_seq_rm", lambda *_: False)
+    with pytest.raises(StepError, match="can't take tokens out"):
+        exact.forget(1)
