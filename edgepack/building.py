@@ -6,16 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepack import source_index
+from edgepack import source_index, waterfall
 from edgepack.events import Listener, step
 from edgepack.measurement import Measurement
 from edgepack.planning import load_backend
+from edgepack.predict import MB
+from edgepack.preparing import Prepared
 from edgepack.store import Store
 from edgepack.toolchain import versions
 from edgepack.worker import side_by_side
 from edgepack.workshop import Exported, Workshop, machine_facts, physical_cores, sha256
 
 if TYPE_CHECKING:
+    from edgepack.draft_request import DraftRequest
+    from edgepack.drafting import Drafted
     from edgepack.package import Package
     from edgepack.planning import Plan
     from edgepack.source import Source
@@ -31,28 +35,20 @@ class Build:
     """A build of one plan.
 
     Args:
-        source: The input with the sha256 of its files.
-        plan: What to build.
+        prepared: The input, and what was done to it before quantization.
+        plan: What to build from `prepared.source`.
         text: Evaluation text.
         listener: Told about steps and progress.
-        original: What the source was pruned from; None where nothing was.
-        pruning: What was pruned and what that cost, `edgepack-prune.json`.
+        draft: A draft model to try for speculative decoding; None tries none.
     """
 
     def __init__(
-        self,
-        source: Source,
-        plan: Plan,
-        text: Path,
-        listener: Listener,
-        *,
-        original: Source | None = None,
-        pruning: Mapping[str, Any] | None = None,
+        self, prepared: Prepared, plan: Plan, text: Path, listener: Listener, *, draft: DraftRequest | None = None
     ) -> None:
-        self.source = source
-        self.original = original or source
-        self.pruning = pruning
+        self.prepared = prepared
+        self.source = prepared.source
         self.plan = plan
+        self.draft = draft
         self.text = text
         self.listener = listener
         threads = plan.target.runtime.threads if plan.target.device.is_this_machine else 0
@@ -73,8 +69,9 @@ class Build:
         )
         evidence |= self._time(exported, evidence["rows"])
         rows = self._judge(exported, evidence)
+        drafted = self._drafted(exported)
         with step(self.listener, "package", str(output)) as handle:
-            package = self._package(output, force, exported, conformance | evidence, rows, samples)
+            package = self._package(output, force, exported, conformance | evidence, rows, samples, drafted)
             handle.outcome = str(output)
         return package
 
@@ -86,20 +83,24 @@ class Build:
         plan = self.plan
         if not plan.target.measure.fidelity:
             return {"rows": []}
-        parameters = plan.parameters if self.pruning is None else int(self.pruning["before"]["parameters"])
+        reference = self.prepared.reference
+        parameters = plan.parameters if reference is self.source else parameters_of(reference)
         found = self.backend.fidelity(
-            self.shop, self._reference(), plan.target, exported.path, exported.digest, self.text, parameters=parameters
+            self.shop, reference, plan.target, exported.path, exported.digest, self.text, parameters=parameters
         )
-        if self._reference() is not self.source:
+        if reference is not self.source:
             # what it was held against is not what it was made from: that this was read rightly is a question of its own
             logits = self.backend.conversion(self.shop, self.source, plan.target, parameters=plan.parameters)
             found = dict(found) | ({"logits": logits} if logits else {})
         return {name: found[name] for name in ("rows", "logits", "reference", "machine", "details") if name in found}
 
-    def _reference(self) -> Source:
-        """What fidelity is measured against: the original, unless its tokens are not those of the artifact."""
-        fewer_tokens = self.pruning is not None and "vocabulary" in self.pruning["removed"]
-        return self.source if fewer_tokens else self.original
+    def _drafted(self, exported: Exported) -> Drafted | None:
+        """A draft model of what the artifact was made from, judged beside it."""
+        if self.draft is None:
+            return None
+        from edgepack import drafting
+
+        return drafting.drafted(self.shop, self.prepared.reference, exported, self.plan, self.draft, self.text)
 
     def _time(self, exported: Exported, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The rows with those of speed and memory added, if this machine is the target; nothing runs beside it."""
@@ -134,41 +135,48 @@ class Build:
         evidence: Mapping[str, Any],
         rows: list[Measurement],
         samples: list[dict[str, Any]],
+        drafted: Drafted | None,
     ) -> Package:
         from edgepack.package import read_package, write_package
         from edgepack.publish import publish
 
         plan, target, entry = self.plan, self.plan.target, exported.entry
+        steps = self._waterfall(exported, rows)
 
         def place(folder: Path) -> None:
             for name in exported.files:
                 self.shop.store.release(entry, name, folder / name)
+            if drafted is not None:
+                drafted.place(self.shop.store, folder)
 
         def write(folder: Path) -> None:
             write_package(
                 folder,
                 name=self.source.name,
                 target=target,
-                source=self.original,
-                recipe=self._recipe(exported),
+                source=self.prepared.original,
+                recipe=self._recipe(exported) | ({} if drafted is None else {"draft": dict(drafted.record)}),
                 toolchain=versions() | self.backend.toolchain(exported),
-                runtime=self.backend.runtime(plan, exported),
+                runtime=self.backend.runtime(plan, exported) | ({} if drafted is None else dict(drafted.runtime)),
                 measurements=rows,
                 measured_on=evidence.get("machine") or machine_facts(),
-                plan=plan.as_json(),
+                plan=plan.as_json() | steps,
                 artifact=place,
                 tokenizer=self.backend.tokenizer(self.source, exported),
                 samples=samples,
                 details=evidence.get("details"),
-                pictures=self._pictures(exported, rows) | self._waterfall(exported, rows),
+                pictures=self._pictures(exported, rows) | steps,
                 conformance={name: evidence[name] for name in CONFORMANCE if name in evidence},
                 licences=licence_texts(self.source.path),
-                known_sha256={f"model/{name}": entry.files[name].sha256 for name in exported.files},
+                known_sha256={f"model/{name}": entry.files[name].sha256 for name in exported.files}
+                | ({} if drafted is None else drafted.known_sha256),
             )
 
         published = publish(write, output, force=force)
         self.shop.store.settle(entry)
-        source_index.remember(self.shop.store, self.original)
+        if drafted is not None:
+            drafted.settle(self.shop.store)
+        source_index.remember(self.shop.store, self.prepared.original)
         return read_package(published)
 
     def _pictures(self, exported: Exported, rows: list[Measurement]) -> dict[str, Any]:
@@ -198,12 +206,16 @@ class Build:
 
     def _waterfall(self, exported: Exported, rows: list[Measurement]) -> dict[str, Any]:
         """The steps from source to artifact, where there were any before quantization."""
-        if self.pruning is None:
-            return {}
-        from edgepack.prune.record import waterfall
-
-        values = {row.name: row.value for row in rows}
-        return {"waterfall": waterfall(self.pruning, self.plan.quantize, exported.size, values)}
+        steps = waterfall.rows(
+            self.prepared,
+            self.plan.target,
+            quantize=self.plan.quantize,
+            artifact_bytes=exported.size,
+            kv_bytes=self.plan.prediction.kv_mb * MB,
+            predicted_rate=self.plan.prediction.decode_tokens_per_s,
+            measured={row.name: row.value for row in rows},
+        )
+        return {"waterfall": steps} if steps else {}
 
     def _recipe(self, exported: Exported) -> dict[str, Any]:
         """Every option that shaped the artifact, with what came of it for each tensor."""
@@ -222,16 +234,17 @@ class Build:
                 "context": self.plan.context,
                 "embedding": self.plan.embedding,
             }
-            | self._pruning_record()
+            | waterfall.in_manifest(self.prepared)
+            | ({} if self.plan.choice is None else {"auto": dict(self.plan.choice)})
             | self.backend.recipe(exported)
         )
 
-    def _pruning_record(self) -> dict[str, Any]:
-        if self.pruning is None:
-            return {}
-        from edgepack.prune.record import in_manifest
 
-        return {"prune": in_manifest(self.pruning)}
+def parameters_of(source: Source) -> int:
+    """Weights of a model, from its headers."""
+    from edgepack.checkpoint import open_checkpoint
+
+    return open_checkpoint(source.path).parameters
 
 
 def licence_texts(source: Path) -> dict[str, bytes]:

@@ -18,6 +18,7 @@ from edgepack.errors import BudgetError, EdgepackError, StepError, UsageError
 
 if TYPE_CHECKING:
     from edgepack.events import Listener
+    from edgepack.heal.means import Method
 
 DOCS = "Docs: https://github.com/edgepack/edgepack#readme"
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -95,6 +96,14 @@ def cli() -> None:
 @_refine
 @_evaluation
 @click.option("--prune", "pruning", metavar="KEY=N,...", help="Leave parts out first: depth=2,ffn=1024.")
+@click.option(
+    "--heal", "healing", metavar="TOKENS", help="Then distil the original into what is left: 200k, 2M tokens."
+)
+@click.option("--data", metavar="FILE|FOLDER|hub:NAME", help="Text to heal on.  [default: the calibration text]")
+@click.option(
+    "--draft", is_flag=False, flag_value="", metavar="[KEY=N,...]", help="Try a draft model for speculative decoding."
+)
+@click.option("--auto", is_flag=True, help="Decide between bits, depth and width by trying the best few.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and touch nothing.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @_json
@@ -113,6 +122,10 @@ def build(
     refine: str | None,
     evaluation: Path | None,
     pruning: str | None,
+    healing: str | None,
+    data: str | None,
+    draft: str | None,
+    auto: bool,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -130,7 +143,7 @@ def build(
     from edgepack import pipeline, render
 
     overrides, quantize = _with_text(overrides, calibration, refine), _sized(quantize, size, bpw)
-    if dry_run and pruning is not None:
+    if dry_run and (auto or any(word is not None for word in (pruning, healing, draft))):
         hint = "Prune with `edgepack prune MODEL -o DIR`, then `edgepack plan DIR`."
         raise UsageError("--dry-run can't say what pruning would choose without doing it", hint=hint)
     if dry_run:
@@ -140,7 +153,8 @@ def build(
     with _steps(quiet, verbose) as listener:
         package = pipeline.build(
             model, target, output, format=format, quantize=quantize, overrides=overrides, evaluation=evaluation,
-            prune=pruning, force=force, listener=listener,
+            prune=pruning, heal=healing, data=data, auto=auto, draft=draft, force=force,
+            listener=listener,
         )  # fmt: skip
     status = pipeline.exit_status(package)
     if as_json:
@@ -468,7 +482,20 @@ def prune(
 @click.option("--tokens", required=True, metavar="N", help="To train on: 200k, 2M.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Must not exist.")
 @click.option("--data", "calibration", metavar="FILE|FOLDER|hub:NAME", help="Text to train on.  [default: what ships]")
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Peak.  [default: 2e-4]")
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "full", "lora"]),
+    default="auto",
+    show_default=True,
+    help="All weights, or low-rank adapters that are merged; auto: the best that fits in memory.",
+)
+@click.option("--rank", type=click.IntRange(16, 64), default=32, show_default=True, help="Of adapters.")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Peak.  [default: by the method]")
+@click.option(
+    "--hidden-weight",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Also pull hidden states towards the teacher's, by a loss of this weight.",
+)
 @_evaluation
 @_json
 @_quiet
@@ -479,7 +506,10 @@ def heal(
     tokens: str,
     output: Path,
     calibration: str | None,
+    method: Method,
+    rank: int,
     learning_rate: float | None,
+    hidden_weight: float | None,
     evaluation: Path | None,
     as_json: bool,
     quiet: bool,
@@ -494,11 +524,11 @@ def heal(
     """
     from edgepack.heal import command
 
+    options = command.Options(calibration, learning_rate, method, rank, hidden_weight)
     with _steps(quiet, verbose) as listener:
         folder, document = command.heal(
-            model, teacher, output, tokens, calibration=calibration, evaluation=evaluation,
-            learning_rate=learning_rate, listener=listener,
-        )  # fmt: skip
+            model, teacher, output, tokens, options=options, evaluation=evaluation, listener=listener
+        )
     if as_json:
         console.emit_json({"path": str(folder)} | document)
     else:

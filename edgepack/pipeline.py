@@ -20,9 +20,10 @@ from edgepack.measurement import Measurement, PackageVerdict
 if TYPE_CHECKING:
     from edgepack.package import Package
     from edgepack.planning import Plan
-    from edgepack.prune.request import Request
+    from edgepack.preparing import Prepared, Wish
     from edgepack.source import Source
     from edgepack.targets import Target
+    from edgepack.workshop import Workshop
 
 
 def plan(
@@ -68,6 +69,10 @@ def build(
     overrides: Sequence[str] = (),
     evaluation: str | Path | None = None,
     prune: str | None = None,
+    heal: str | None = None,
+    data: str | None = None,
+    auto: bool = False,
+    draft: str | None = None,
     force: bool = False,
     listener: Listener = silent,
 ) -> Package:
@@ -83,6 +88,13 @@ def build(
         evaluation: UTF-8 text to measure fidelity on; None takes the text that ships with edgepack.
         prune: What to leave out first, such as `depth=2,ffn=1024`; see `edgepack.prune.request.parse`. Fidelity is
             then measured against the model before it.
+        heal: Tokens to heal what is left on, such as `2M`; None does not heal.
+        data: Text to heal on: a file, a folder, `hub:NAME`; None takes the calibration text.
+        auto: Decide between fewer bits, fewer layers and narrower ones by what meets the budgets and stays closest to
+            the source, tried and measured; see `edgepack/auto`. `heal` is then what the winner is healed on; None
+            takes what half an hour of this machine manages.
+        draft: A draft model to try for speculative decoding, such as `depth=4,heal=200k`; see
+            `edgepack.draft_request.parse`. It is in the package only where it pays.
         force: Replace `output` if it exists.
         listener: Told about steps and progress.
 
@@ -96,34 +108,84 @@ def build(
         ConformanceError: The artifact differs from its source in token ids, chat rendering or logits.
         StepError: A step failed; finished steps are kept in the store.
     """
+    from edgepack import preparing
     from edgepack.building import Build
-    from edgepack.planning import make_plan
-    from edgepack.prune.command import pruned_source
+    from edgepack.draft_request import parse as parse_draft
+    from edgepack.drafting import refuse_early as refuse_draft
+    from edgepack.planning import format_of, make_plan
     from edgepack.publish import check_output
     from edgepack.store import Store
+    from edgepack.text import named_evaluation_text
     from edgepack.workshop import Workshop, physical_cores
 
     resolved = _target(target, overrides)
     destination = Path(output) if output is not None else None
     if destination is not None:
         check_output(destination, force=force)
-    text = _evaluation_text(evaluation)
-    request = None if prune is None else _prune_request(prune)
+    text = named_evaluation_text(evaluation)
+    wish, wanted = _wish(prune, heal, data, auto=auto), None if draft is None else parse_draft(draft)
     source = _resolve(model, listener)
+    if wanted is not None:
+        refuse_draft(source, wanted, format or format_of(source, resolved))
     if destination is None:
         destination = Path(f"{source.name}-{resolved.name}")
         check_output(destination, force=force)
-    original, pruning = None, None
-    if request is not None:
-        original = _hash(source, listener)
-        shop = Workshop(Store(), listener, physical_cores(), evaluation=text)  # holds its entry until the end
-        source, pruning = pruned_source(
-            shop, original, request, calibration=resolved.quantize.calibration, evaluation=text
-        )
-    made = make_plan(source, resolved, format=format, quantize=quantize)
+    shop = Workshop(Store(), listener, physical_cores(), evaluation=text)  # holds its entries until the end
+    if auto:
+        prepared, made = _decided(shop, source, resolved, wish, text, format=format, quantize=quantize)
+    elif wish.prune is not None:
+        calibration = resolved.quantize.calibration
+        prepared = preparing.prepare(shop, _hash(source, listener), wish, calibration=calibration, evaluation=text)
+        made = make_plan(prepared.source, resolved, format=format, quantize=quantize)
+    else:
+        made = make_plan(source, resolved, format=format, quantize=quantize)
+        prepared = None
     listener(Event("note", "plan", _plan_in_words(made)))
-    hashed = source if source.files else _hash(source, listener)
-    return Build(hashed, made, text, listener, original=original, pruning=pruning).run(destination, force=force)
+    prepared = prepared or preparing.untouched(_hash(source, listener))
+    return Build(prepared, made, text, listener, draft=wanted).run(destination, force=force)
+
+
+def _decided(
+    shop: Workshop,
+    source: Source,
+    target: Target,
+    wish: Wish,
+    text: Path,
+    *,
+    format: str | None,
+    quantize: str | None,
+) -> tuple[Prepared, Plan]:
+    """Let `edgepack/auto` decide, and bring the model into the state it decided on."""
+    from dataclasses import replace
+
+    from edgepack.auto.decide import decide
+    from edgepack.auto.parts import parts
+    from edgepack.auto.trials import Bench, affordable_tokens, refuse_unsuited
+    from edgepack.building import parameters_of
+    from edgepack.calibrate.texts import resolve
+    from edgepack.heal.command import Options
+    from edgepack.planning import format_of
+    from edgepack.preparing import untouched
+
+    refuse_unsuited(source, target, format or format_of(source, target))
+    hashed = _hash(source, shop.listener)
+    tokens = wish.heal or affordable_tokens(parameters_of(hashed), shop.threads)
+    calibration = target.quantize.calibration
+    bench = Bench(
+        shop=shop,
+        source=hashed,
+        target=target,
+        text=text,
+        parts=parts(shop, hashed.path, calibration),
+        tokens=tokens,
+        options=wish.options or Options(),
+        text_name=resolve(calibration).origin,
+        quantize=quantize,
+    )
+    decision = decide(bench)
+    shop.listener(Event("note", "auto", f"{decision.record['chosen']}: {decision.record['why']}"))
+    prepared = bench.prepared(decision.wish) if decision.wish.prune else untouched(hashed)
+    return prepared, replace(bench.plan_of(prepared.source), choice=decision.record)
 
 
 @dataclass(frozen=True)
@@ -187,6 +249,7 @@ def validate(
         InputRefused: The package is not whole, or the source is not the one it was built from.
         MissingError: The device does not answer.
     """
+    from edgepack.text import named_evaluation_text
     from edgepack.validation import validate_package
 
     return validate_package(
@@ -195,7 +258,7 @@ def validate(
         on_target=on_target,
         source=source,
         overrides=overrides,
-        text=_evaluation_text(evaluation),
+        text=named_evaluation_text(evaluation),
         listener=listener,
     )
 
@@ -212,11 +275,12 @@ def compare(
 ) -> dict[str, Any]:
     """Put two artifacts of one model side by side; see `edgepack.compare`."""
     from edgepack import compare as comparison
+    from edgepack.text import named_evaluation_text
 
     return comparison.compare(
         first,
         second,
-        text=_evaluation_text(evaluation),
+        text=named_evaluation_text(evaluation),
         source=source,
         windows=windows,
         speed=speed,
@@ -257,9 +321,10 @@ def frontier(
     """
     from edgepack import frontier as curve
     from edgepack.publish import check_output, publish
+    from edgepack.text import named_evaluation_text
 
     resolved = _target(target, overrides)
-    text = _evaluation_text(evaluation)
+    text = named_evaluation_text(evaluation)
     if output is not None:
         check_output(Path(output), force=False)
     source = _resolve(model, listener)
@@ -348,20 +413,29 @@ def _hash(source: Source, listener: Listener) -> Source:
     return hashed
 
 
-def _evaluation_text(evaluation: str | Path | None) -> Path:
-    from edgepack.text import default_evaluation_text
+def _wish(prune: str | None, heal: str | None, data: str | None, *, auto: bool) -> Wish:
+    """What is to be done before quantization, from the words of the command line.
 
-    if evaluation is None:
-        return default_evaluation_text()
-    if not Path(evaluation).is_file():
-        raise UsageError(f"--evaluation: {evaluation} is not a file", hint="Name a UTF-8 text file.")
-    return Path(evaluation)
-
-
-def _prune_request(text: str) -> Request:
+    Raises:
+        UsageError: Words that can't be read, or contradict each other.
+    """
+    from edgepack import preparing
+    from edgepack.heal.budget import parse_tokens
+    from edgepack.heal.command import Options
     from edgepack.prune.request import parse
 
-    return parse(text)
+    if auto and prune is not None:
+        raise UsageError("--auto chooses what to prune, and --prune says it", hint="Give one of them.")
+    if data is not None and heal is None and not auto:
+        raise UsageError("--data is text to heal on, and --heal is not given", hint="Add --heal 2M.")
+    wish = preparing.Wish(
+        None if prune is None else parse(prune),
+        None if heal is None else parse_tokens(heal, "--heal"),
+        Options(data=data),
+    )
+    if not auto:
+        preparing.check(wish)
+    return wish
 
 
 def _plan_in_words(made: Plan) -> str:

@@ -67,6 +67,7 @@ class Plan:
         embedding: True for a model that gives vectors or labels.
         steps: Names of the steps, in order.
         notes: What a user should know before it is built.
+        choice: Of an automatic plan: every candidate and what became of it (`edgepack/auto`).
     """
 
     source: Source
@@ -81,6 +82,7 @@ class Plan:
     embedding: bool
     steps: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    choice: Mapping[str, Any] | None = None
 
     @property
     def quantize(self) -> str:
@@ -110,6 +112,7 @@ class Plan:
             "steps": list(self.steps),
             "notes": list(self.notes),
             "candidates": [candidate.as_json() for candidate in self.candidates],
+            **({} if self.choice is None else {"auto": dict(self.choice)}),
         }
 
 
@@ -130,16 +133,38 @@ def make_plan(source: Source, target: Target, *, format: str | None = None, quan
         InputRefused: The model can't be described.
         UsageError: An unknown preset or format.
     """
-    chosen_format = format or (target.format.encoder if is_encoder(source) else target.format.decoder)
-    from edgepack.targets import with_overrides
-
+    chosen_format = format or format_of(source, target)
     if target.quantize.refine and chosen_format != "gguf":
         raise UsageError(
             f"--refine trains the codes of a GGUF, and this model becomes {chosen_format}",
             hint="Leave --refine out, or add --format gguf.",
         )
-    backend = load_backend(chosen_format)
-    described = backend.describe(source, target)
+    described = load_backend(chosen_format).describe(source, target)
+    return plan_for(described, source, target, chosen_format, quantize)
+
+
+def format_of(source: Source, target: Target) -> str:
+    """The format that a profile gives a model of this kind."""
+    return target.format.encoder if is_encoder(source) else target.format.decoder
+
+
+def plan_for(described: Described, source: Source, target: Target, format: str, quantize: str | None) -> Plan:
+    """Choose a quantization of a described model.
+
+    Args:
+        described: The model as the format's backend sees it, or a smaller one of its kind that does not exist yet.
+        source: The resolved input.
+        target: The profile, overrides applied.
+        format: As `described`.
+        quantize: As `make_plan`.
+
+    Raises:
+        BudgetError: No candidate meets the budgets; the message says by how much and what would fit.
+        UsageError: An unknown preset.
+    """
+    from edgepack.targets import with_overrides
+
+    backend = load_backend(format)
     target = with_overrides(target, described.defaults)
     asked = quantize or (None if target.quantize.default == "auto" else target.quantize.default)
     names = backend.names(described, target) if asked is None else (asked,)
@@ -159,7 +184,7 @@ def make_plan(source: Source, target: Target, *, format: str | None = None, quan
     return Plan(
         source=source,
         target=target,
-        format=chosen_format,
+        format=format,
         chosen=chosen,
         chosen_by=chosen_by,
         candidates=tuple(candidates),

@@ -14,6 +14,7 @@ A document is plain JSON. Every part may be missing, and a picture stands in the
     tensors         [{"name", "type", "bits"}]: bits per weight of each tensor, scales included
     details         evidence/details.json, see `edgepack/measure/details.py`
     waterfall       [{"step", "bytes", "mean_kld", ...}]: after each step; further numbers go into its table
+    choice          `auto` of evidence/plan.json: what an automatic plan chose between
     notes           [str]: at the foot of the page
 
 The same document gives the same bytes. Every text in it may come from a stranger: see `markup.py`.

@@ -54,6 +54,7 @@ def package_document(
         "measurements": [row.as_json() for row in rows],
         "tensors": tensors(recipe.get("types") or recipe.get("formats") or {}),
         "details": dict(details or {}),
+        "choice": dict(plan.get("auto") or {}),
         "notes": [
             "± is half of the 95 % confidence interval. KL divergence (KLD) is measured in nats per token against the "
             "source model, on text that nothing was tuned on. Every number is in evidence/validation.json and "

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgepack.report import bits, frontier, spread, summary, waterfall, worst
+from edgepack.report import bits, choice, frontier, spread, summary, waterfall, worst
 from edgepack.report.markup import Markup, element, joined
 
 # The browser itself is told that nothing is to be run or fetched, whatever should ever slip into the page.
@@ -26,6 +26,7 @@ def render(document: Mapping[str, Any]) -> str:
     sections = [
         summary.section(document),
         waterfall.section(document.get("waterfall") or []),
+        choice.section(document.get("choice") or {}),
         frontier.section(document.get("points") or []),
         bits.section(document.get("tensors") or []),
         spread.section(details),

@@ -46,6 +46,26 @@ def details(windows: int = 8, positions: int = 20, text: str = "word") -> dict[s
     }
 
 
+def candidate(name: str, best: float | None, expected: float | None, measured: float | None, outcome: str = "") -> Any:
+    return {
+        "variant": name, "quantize": "4.50bpw", "artifact_bytes": 20_000_000, "predicted_decode_tokens_per_s": 31.0,
+        "best_kld": best, "expected_kld": expected, "measured": {} if measured is None else {"mean_kld": measured},
+        "outcome": outcome,
+    }  # fmt: skip
+
+
+def choice(text: str = "word") -> dict[str, Any]:
+    """What an automatic plan records."""
+    return {
+        "chosen": "depth=2", "why": text, "judged_on": f"the last tenth of {text}", "trial_tokens": 20_000,
+        "candidates": [
+            candidate("bits alone", 0.5, 0.5, None, "2 MB over the budget"),
+            candidate("depth=2", 0.1, 0.2, 0.15, "chosen: KLD 0.15 measured"),
+            candidate("ffn=1024", None, None, None, text),
+        ],
+    }  # fmt: skip
+
+
 def whole(text: str = "word") -> dict[str, Any]:
     """Every part, with `text` wherever a stranger's text can stand."""
     budget = {"budget": {"max": 0.03}}
@@ -77,5 +97,6 @@ def whole(text: str = "word") -> dict[str, Any]:
             {"step": "source", "bytes": 74_000_000, "mean_kld": 0.0},
             {"step": text, "bytes": 60_000_000, "mean_kld": 0.11, "tokens_per_s": 31.5},
         ],
+        "choice": choice(text),
         "notes": [text],
     }

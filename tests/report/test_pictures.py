@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 import pytest
-from documents import details, point, whole
+from documents import choice, details, point, whole
 from hypothesis import given
 from hypothesis import strategies as st
 from pages import Page, axis, drawings
@@ -206,6 +206,20 @@ def test_a_step_that_adds_bytes_is_drawn_as_one() -> None:
     assert [float(str(bar["kept"].get("width"))) / full for bar in bars] == pytest.approx([1, 0.4, 0.4], abs=1e-3)
     assert float(str(bars[1]["taken"].get("width"))) / full == pytest.approx(0.6, abs=1e-3)
     assert float(str(bars[2]["added"].get("width"))) / full == pytest.approx(0.2, abs=1e-3)
+
+
+def test_a_candidate_is_drawn_from_its_best_to_its_expected_divergence_and_the_chosen_one_is_ringed() -> None:
+    page = render({"title": "t", "choice": choice()})
+    drawing = drawings(page, "Divergence of every candidate within the same budgets")[0]
+    groups = [group for group in drawing.iter("g") if group.get("class") == "candidate"]
+    assert [len(list(group.iter("rect"))) for group in groups] == [0, 1, 0]
+    bar = next(groups[1].iter("rect"))
+    dot, ring = groups[1].iter("circle")
+    left, width = float(str(bar.get("x"))), float(str(bar.get("width")))
+    # 0.15 lies at log(1.5) / log(2) of the way from 0.1 to 0.2
+    assert float(str(dot.get("cx"))) == pytest.approx(left + 0.585 * width, abs=0.5)
+    assert ring.get("class") == "chosen"
+    assert "".join(groups[2].itertext()).endswith("fits no budget")
 
 
 finite = st.floats(min_value=1e-12, max_value=1e12)

@@ -22,7 +22,7 @@ KNOWN_ELEMENTS = {
 
 def test_a_whole_document_shows_every_section() -> None:
     page = Page(render(whole()))
-    assert page.sections() == {"waterfall", "frontier", "bits", "spread", "worst"}
+    assert page.sections() == {"waterfall", "choice", "frontier", "bits", "spread", "worst"}
     assert len(page.ids) == len(set(page.ids))
     assert "this package" in page.text and "title word" in page.text
 
@@ -33,6 +33,7 @@ def test_a_whole_document_shows_every_section() -> None:
         ("points", "frontier"),
         ("tensors", "bits"),
         ("waterfall", "waterfall"),
+        ("choice", "choice"),
     ],
 )
 def test_a_section_stands_only_where_its_data_does(part: str, section: str) -> None:
@@ -45,7 +46,7 @@ def test_a_section_stands_only_where_its_data_does(part: str, section: str) -> N
 
 
 def test_without_details_there_is_no_spread_and_no_text() -> None:
-    assert Page(render(whole() | {"details": None})).sections() == {"waterfall", "frontier", "bits"}
+    assert Page(render(whole() | {"details": None})).sections() == {"waterfall", "choice", "frontier", "bits"}
     one = details() | {"kld_by_window": [0.1], "kld_by_position": []}
     assert "spread" not in Page(render({"title": "t", "details": one})).sections()
 
