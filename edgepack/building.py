@@ -75,6 +75,13 @@ class Build:
             handle.outcome = str(output)
         return package
 
+    def _steps(self) -> list[str]:
+        """Names of all steps that were run, in order: those of the plan between what came before and beside it."""
+        before = [name for name, done in (("prune", self.prepared.pruning), ("heal", self.prepared.healing)) if done]
+        own = list(self.plan.steps)
+        drafts = ["draft"] if self.draft is not None else []
+        return [*before, *own[:-1], *drafts, *own[-1:]]
+
     def _stem(self) -> str:
         return f"{self.source.name}-{self.plan.quantize}"
 
@@ -160,7 +167,7 @@ class Build:
                 runtime=self.backend.runtime(plan, exported) | ({} if drafted is None else dict(drafted.runtime)),
                 measurements=rows,
                 measured_on=evidence.get("machine") or machine_facts(),
-                plan=plan.as_json() | steps,
+                plan=plan.as_json() | {"steps": self._steps()} | steps,
                 artifact=place,
                 tokenizer=self.backend.tokenizer(self.source, exported),
                 samples=samples,

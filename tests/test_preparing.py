@@ -78,6 +78,7 @@ def test_a_build_heals_what_it_pruned_and_measures_against_the_original(package:
 
 def test_plan_card_and_report_show_every_step_from_source_to_artifact(package: edgepack.Package) -> None:
     plan = json.loads((package.path / "evidence" / "plan.json").read_text())
+    assert plan["steps"][:3] == ["prune", "heal", "export"] and plan["steps"][-1] == "package"
     steps = plan["waterfall"]
     assert [row["step"] for row in steps] == ["source", "depth", "ffn", "heal", "Q8_0"]
     sizes = [row["bytes"] for row in steps]

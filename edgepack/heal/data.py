@@ -8,6 +8,7 @@ what two passes over the text don't cover is sampled.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,8 @@ def sampled(
         StepError: The teacher gives NaN or infinite logits.
     """
     device = next(teacher.parameters()).device
+    # transformers 5.24 renamed it, and warns of the old name
+    cached = "cache" if "cache" in inspect.signature(teacher.forward).parameters else "past_key_values"
     generator = torch.Generator().manual_seed(_SEED)
     found = []
     for first in range(0, count, _SAMPLED_AT_ONCE):
@@ -168,7 +171,7 @@ def sampled(
         written, memory = [ids], None
         with torch.no_grad():
             for place in range(1, tokens):
-                out = teacher(ids.to(device), past_key_values=memory, use_cache=True)
+                out = teacher(ids.to(device), use_cache=True, **{cached: memory})
                 memory = out.past_key_values
                 likely = torch.softmax(out.logits[:, -1].float().cpu(), dim=-1)
                 if not torch.isfinite(likely).all():

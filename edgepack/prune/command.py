@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Calibration: 8,192 positions choose the same layers as more do on models of this kind (docs/pruning.md).
 WINDOWS, WINDOW_TOKENS = 16, 512
 EVALUATION_WINDOWS = 16
+_WORTH_A_LOOK_SECONDS = 30  # above it, a guess is made better by running a few windows first: seconds
 _GGUF_HINT = "Prune the Hugging Face folder the GGUF was made from; edgepack builds a GGUF from the result."
 
 
@@ -162,12 +163,25 @@ def expect(arguments: dict[str, Any], listener: Listener) -> None:
     from edgepack.workshop import available_memory_bytes
 
     expected, free = predicted(arguments), available_memory_bytes()
-    listener(Event("note", "prune", expected.sentence()))
     if expected.memory_bytes > free:
         raise StepError(
             f"pruning needs about {expected.memory_bytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
             hint="Give fewer --windows, or prune on a larger machine; the result is an ordinary model folder.",
         )
+    if expected.seconds > _WORTH_A_LOOK_SECONDS:
+        expected = _timed(expected, arguments)
+    listener(Event("note", "prune", expected.sentence()))
+
+
+def _timed(expected: Cost, arguments: dict[str, Any]) -> Cost:
+    """The time by what one window takes here and now."""
+    from dataclasses import replace
+
+    from edgepack.worker import run
+
+    settings = {"model": arguments["model"], "tokens": arguments["window_tokens"], "threads": arguments["threads"]}
+    each = run("edgepack.prune.probe:window_seconds", settings, what="timing a window")
+    return replace(expected, seconds=expected.passes * float(each))
 
 
 def predicted(arguments: dict[str, Any]) -> Cost:

@@ -75,6 +75,23 @@ def test_sampled_text_is_drawn_from_the_model_and_the_same_again() -> None:
     assert torch.equal(found, data.sampled(Talker(), torch.tensor([4]), 40, 200))
 
 
+def test_a_model_of_transformers_writes_what_it_would_without_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.5,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    monkeypatch.setattr(torch, "multinomial", lambda likely, count, generator: likely.argmax(-1, keepdim=True))
+    found = data.sampled(model, torch.tensor([3, 9]), 2, 12)
+    for row in found:
+        for place in range(1, 12):
+            with torch.no_grad():
+                assert int(model(row[None, :place]).logits[0, -1].argmax()) == int(row[place])
+
+
 def test_what_two_passes_do_not_cover_is_sampled_once_and_kept(tmp_path: Path) -> None:
     given, talker = [[token % 50 for token in window] for window in pieces(40)], Talker()
     enough = data.training_text(talker, given, 72 * 96, journal=tmp_path)
