@@ -47,7 +47,7 @@ class Miss:
             return f"{value / MB:,.1f} MB on disk"
         if self.budget == "peak_rss_mb":
             return f"{value:,.0f} MB of memory"
-        return f"{value:,.3g} tokens/s"
+        return f"{value:,.0f} tokens/s" if value >= 100 else f"{value:.3g} tokens/s"
 
 
 @dataclass(frozen=True)

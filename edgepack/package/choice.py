@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgepack.package.markdown import escape
@@ -33,13 +33,19 @@ def choice(record: Any) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     tokens = record.get("trial_tokens")
-    healed = f"Trials were healed on {tokens:,} tokens. " if tokens and len(rows) > 1 else ""
+    healed = f"Trials were healed on {tokens:,} tokens{_more(rows, tokens)}. " if tokens and len(rows) > 1 else ""
     chosen, why, judged_on = (escape(record[key]) for key in ("chosen", "why", "judged_on"))
     words = (
         f"{chosen.capitalize()}: {why}. {healed}Measured on {judged_on}, on which nothing was chosen or trained; "
         "expected and best divergences are predictions that only decide what is tried."
     )
     return "\n".join(["## Bits, depth or width", "", *lines, "", words])
+
+
+def _more(rows: Sequence[Mapping[str, Any]], tokens: int) -> str:
+    """Candidates that were healed on more tokens than a trial is."""
+    found = [row for row in rows if (row.get("healed_tokens") or 0) > tokens]
+    return "".join(f", {row['variant']} then on {row['healed_tokens']:,}" for row in found)
 
 
 def _number(value: Any) -> str:
