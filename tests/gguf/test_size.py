@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 import pytest
@@ -69,6 +70,9 @@ def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
 @example("4.5bpw")
 @example("4\u212aB")
 @example("\u0664bpw")
+@example("0.1")
+@example("0.0001KiB")
+@example("0bpw")
 def test_a_word_is_a_size_exactly_when_it_can_be_read_as_one_but_for_zero(text: str) -> None:
     try:
         parse_size(text)
@@ -77,7 +81,10 @@ def test_a_word_is_a_size_exactly_when_it_can_be_read_as_one_but_for_zero(text: 
         read = False
     assert is_size(text) or not read
     if is_size(text) and not read:
-        assert not any(digit in text for digit in "123456789") or "B" in text.upper()  # zero, or less than a byte
+        number, unit = re.fullmatch(r"([0-9.]+)\s*(\w*)", text.strip()).groups()
+        power = "BKMG".find((unit.upper() + "B")[0])
+        base = 1024 if "I" in unit.upper() else 1000
+        assert Fraction(number) * base**power < 1  # nothing, or less than a byte
 
 
 def test_no_preset_is_taken_for_a_size() -> None:

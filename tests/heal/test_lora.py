@@ -88,7 +88,7 @@ def test_the_merged_model_computes_what_the_adapters_did(student: Any, teacher: 
     assert torch.allclose(logits(healed, text), adapted_logits, atol=1e-4)
     healed_score = TowardsTeacher(teacher).score(healed, text[1]).mean()
     assert float(healed_score) == pytest.approx(sum(outcome.after) / len(outcome.after), rel=1e-3)
-    assert float(healed_score) < 0.9 * sum(outcome.before) / len(outcome.before)
+    assert float(healed_score) < 0.95 * sum(outcome.before) / len(outcome.before)
 
 
 def test_only_matrices_of_layers_change_and_by_no_more_than_the_rank(

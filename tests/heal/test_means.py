@@ -6,7 +6,7 @@ import pytest
 
 from edgepack.errors import StepError, UsageError
 from edgepack.heal.cost import Facts, memory_bytes
-from edgepack.heal.means import Machine, choose, ways
+from edgepack.heal.means import Machine, choose, peak_rate, ways
 
 GB = 10**9
 
@@ -30,10 +30,10 @@ def on(free_gb: float, *, mixed: bool = True, gpu: bool = False) -> Machine:
     ("model", "free_gb", "method", "checkpointing", "windows", "half"),
     [
         (SMALL, 64, "full", False, 4, False),
-        (SMALL, 5.2, "full", False, 2, False),
-        (SMALL, 4.0, "full", True, 4, True),
-        (SMALL, 3.2, "lora", False, 2, True),
-        (SMALL, 2.25, "lora", True, 4, True),
+        (SMALL, 5.5, "full", False, 2, False),
+        (SMALL, 4.1, "full", True, 4, True),
+        (SMALL, 3.5, "lora", False, 2, True),
+        (SMALL, 2.3, "lora", True, 4, True),
         (LARGE, 64, "full", False, 4, False),
         (LARGE, 24.0, "full", True, 2, True),
         (LARGE, 16, "lora", False, 4, True),
@@ -101,3 +101,11 @@ def test_methods_and_ranks_that_are_not_offered_are_usage_errors(method: str, ra
 
 def test_memory_that_is_not_known_refuses_nothing() -> None:
     assert choose(LARGE, LARGE, Machine(None, 2, mixed=True, gpu=True)).method == "full"
+
+
+def test_the_learning_rate_falls_with_the_width_and_adapters_take_a_larger_one() -> None:
+    full, lora = (choose(SMALL, SMALL, on(64), method=method) for method in ("full", "lora"))
+    rates = [peak_rate(full, facts(1e9, 4, width, 4 * width, 1000)) for width in (64, 256, 512, 1024)]
+    assert rates == sorted(rates, reverse=True) and rates[0] == 4e-4
+    assert rates[2] == pytest.approx(2 * rates[3], rel=0.05)
+    assert peak_rate(lora, SMALL) == pytest.approx(10 * peak_rate(full, SMALL), rel=0.05)
