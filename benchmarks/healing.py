@@ -29,7 +29,6 @@ from edgepack.heal.distill import distill, paced
 from edgepack.heal.evaluation import Evaluation, recovered
 from edgepack.heal.memory import worth_keeping
 from edgepack.heal.objective import TowardsTeacher, forward, mixed_precision
-from edgepack.heal.worker import LEARNING_RATES
 from edgepack.prune.command import prune
 from edgepack.prune.request import Request
 from edgepack.text import default_evaluation_text, read_text, text_sha256
@@ -101,7 +100,9 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, help="neurons that stay, for a second pruned model")
     parser.add_argument("--no-cross-entropy", action="store_true", help="by KL divergence only")
     parser.add_argument("--no-sampling", action="store_true", help="pass over the text again instead of sampling more")
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATES["full"])
+    parser.add_argument(
+        "--learning-rate", type=float, default=2e-4, help="peak; the default is that of docs/healing.md"
+    )
     parser.add_argument("--evaluation-windows", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="keeps pruned models and journals")

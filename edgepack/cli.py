@@ -490,7 +490,7 @@ def prune(
     help="All weights, or low-rank adapters that are merged; auto: the best that fits in memory.",
 )
 @click.option("--rank", type=click.IntRange(16, 64), default=32, show_default=True, help="Of adapters.")
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Peak.  [default: by the method]")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Peak.  [default: by width]")
 @click.option(
     "--hidden-weight",
     type=click.FloatRange(min=0, min_open=True),

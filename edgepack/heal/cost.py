@@ -24,15 +24,16 @@ from pathlib import Path
 from edgepack.checkpoint import Checkpoint
 from edgepack.errors import UsageError
 
-# Python, torch and transformers with both models' code loaded (Linux, CPU build of torch 2.13).
-BASE_BYTES = 380 << 20
+# Python, torch and transformers with both models' code loaded (Linux, CPU build of torch 2.13), and what lies idle
+# between tensors on the heap.
+BASE_BYTES = 440 << 20
 CUDA_BASE_BYTES = 700 << 20  # context and workspaces of cuBLAS on the GPU
 # Kept by a layer for the backward pass, for every input and output value of its matrices: element-wise functions and
 # attention keep theirs too. Products in bfloat16 keep their inputs in it; adapters have values of their own.
-_KEPT_BYTES, _KEPT_BYTES_MIXED = 4.7, 3.6
+_KEPT_BYTES, _KEPT_BYTES_MIXED = 5.4, 4.1
 _KEPT_BY_ADAPTERS = 1.15
 _PASSING_LAYERS = 1.5  # layers' worth of values that come and go: gradients on their way, a teacher's pass
-_LOGIT_BYTES, _LOGIT_BYTES_MIXED = 12, 6  # for each logit of a block: the student's, the teacher's and the gradient
+_LOGIT_BYTES, _LOGIT_BYTES_MIXED = 14, 7  # for each logit of a block: the student's, the teacher's and the gradient
 _BLOCK_LOGITS = 1 << 25  # unembedding.py
 _EVALUATED_LOGITS = 5  # copies of a window's logits: of both models, their log-probabilities, what is compared
 

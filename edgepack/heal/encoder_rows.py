@@ -30,7 +30,7 @@ from edgepack.measure.encoder_samples import mask_token, read_tokenizer
 from edgepack.text import sentences
 
 LONGEST = 128  # tokens of a row: the sentences of ordinary text have 8 to 120
-MOST_PASSES = 8  # that are cut anew; rows of more are seen again
+MOST_PASSES = 16  # that are cut anew; rows of more are seen again
 MOST_JOINED = 4
 MASKED = 0.15  # Devlin et al., arXiv:1810.04805, section 3.1
 SHARED_WORDS = 13  # as in edgepack/calibrate/overlap.py

@@ -31,8 +31,8 @@ from edgepack.text import read_text, text_sha256
 from edgepack.worker import Progress, no_progress
 from edgepack.workshop import available_memory_bytes
 
-LEARNING_RATE = 3e-4  # peak: docs/healing.md
-HIDDEN_WEIGHT = 1.0
+LEARNING_RATE = 3e-4  # peak: docs/healing.md, Encoders
+HIDDEN_WEIGHT = 4.0  # docs/healing.md, Encoders
 BATCH_ROWS = 16
 _LEAST_STEPS = 50
 _WARMUP = 0.05  # of the steps

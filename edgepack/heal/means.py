@@ -23,6 +23,10 @@ DEFAULT_RANK, LEAST_RANK, MOST_RANK = 32, 16, 64
 WINDOW_TOKENS = 512
 _CPU_WINDOWS = (4, 2, 1)  # more at once make a CPU no faster (docs/refining.md)
 _GPU_WINDOWS = (32, 16, 8, 4, 2, 1)
+# Peak rate of all weights x width between layers (Adam's falls with the width: Yang et al., arXiv:2203.03466, table 3):
+# the study's 2e-4 at 512 (docs/refining.md). Adapters take ten times as much.
+_RATE_BY_WIDTH, _MOST_RATE = 0.1, 4e-4
+_LORA_FACTOR = 10
 _SHARE = 0.9  # of what is free: predictions are good to a tenth or two, and the machine lives on
 
 
@@ -130,6 +134,17 @@ def choose(
         if free is None or need <= _SHARE * free:
             return means
     raise _too_little(student, every, asked, free or 0)
+
+
+def peak_rate(means: Means, student: Facts) -> float:
+    """Peak learning rate of AdamW where nobody names one (measured: docs/healing.md).
+
+    Args:
+        means: How the student is trained.
+        student: What is trained.
+    """
+    rate = min(_MOST_RATE, _RATE_BY_WIDTH / student.hidden) * (_LORA_FACTOR if means.method == "lora" else 1)
+    return float(f"{rate:.2g}")
 
 
 def ways(teacher: Facts, machine: Machine, rank: int) -> Iterator[Means]:

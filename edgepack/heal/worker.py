@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,15 +31,13 @@ from edgepack.heal.device import best_device
 from edgepack.heal.distill import distill, paced
 from edgepack.heal.evaluation import WINDOWS, Evaluation, recovered
 from edgepack.heal.hidden import kept_layers, pairs
-from edgepack.heal.means import DEFAULT_RANK, Method, choose, window_tokens
+from edgepack.heal.means import DEFAULT_RANK, Method, choose, peak_rate, window_tokens
 from edgepack.heal.memory import worth_keeping
 from edgepack.heal.objective import TowardsTeacher
 from edgepack.heal.session import decided, here, peak_memory_bytes, trained
 from edgepack.text import read_text, text_sha256
 from edgepack.worker import Progress, no_progress
 
-# Peak learning rates for a student that lost layers (docs/healing.md): all weights, and adapters.
-LEARNING_RATES: Mapping[str, float] = MappingProxyType({"full": 2e-4, "lora": 3e-3})
 _COMPARED = 8  # windows that both tokenizers have to cut alike
 
 
@@ -71,7 +68,7 @@ def heal(
         evaluation: Path of the text that nothing may be tuned on.
         threads: For torch.
         journal: Folder that outlives a killed process.
-        learning_rate: Peak; None takes that of `LEARNING_RATES`.
+        learning_rate: Peak; None takes `means.peak_rate`.
         method: `full`, `lora`, or `auto` for the best that fits in memory.
         rank: Of adapters.
         hidden_weight: Of a loss that pulls hidden states towards those of the teacher's layers that the student's were;
@@ -119,7 +116,7 @@ def heal(
     if not layers:
         means = replace(means, keep=decided(notes, "keep", lambda: worth_keeping(tokens, found.training, guide)))
     settings = replace(
-        paced(tokens, window, learning_rate or LEARNING_RATES[means.method], held_out=len(found.held_out)),
+        paced(tokens, window, learning_rate or peak_rate(means, made), held_out=len(found.held_out)),
         micro_batch=means.micro_batch,
         checkpointing=means.checkpointing,
         probe=True,

@@ -54,9 +54,7 @@ def test_the_time_of_long_runs_is_measured_on_a_few_windows_first(monkeypatch: p
             started = time.monotonic()
             model(input_ids=ids)
             taken.append(time.monotonic() - started)
-    assert (
-        0.2 < timed.seconds / (expected.passes * sorted(taken)[2]) < 5
-    )  # on a machine with other users
+    assert 0.2 < timed.seconds / (expected.passes * sorted(taken)[2]) < 5  # on a machine with other users
 
 
 def test_encoders_with_short_positions_can_be_timed(tmp_path: Path) -> None:
