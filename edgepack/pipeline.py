@@ -20,10 +20,8 @@ from edgepack.measurement import Measurement, PackageVerdict
 if TYPE_CHECKING:
     from edgepack.package import Package
     from edgepack.planning import Plan
-    from edgepack.preparing import Prepared, Wish
     from edgepack.source import Source
     from edgepack.targets import Target
-    from edgepack.workshop import Workshop
 
 
 def plan(
@@ -109,6 +107,7 @@ def build(
         StepError: A step failed; finished steps are kept in the store.
     """
     from edgepack import preparing
+    from edgepack.auto.build import decided
     from edgepack.building import Build
     from edgepack.draft_request import parse as parse_draft
     from edgepack.drafting import refuse_early as refuse_draft
@@ -123,7 +122,8 @@ def build(
     if destination is not None:
         check_output(destination, force=force)
     text = named_evaluation_text(evaluation)
-    wish, wanted = _wish(prune, heal, data, auto=auto), None if draft is None else parse_draft(draft)
+    wish = preparing.parse(prune, heal, data, auto=auto)
+    wanted = None if draft is None else parse_draft(draft)
     source = _resolve(model, listener)
     if wanted is not None:
         refuse_draft(source, wanted, format or format_of(source, resolved))
@@ -132,7 +132,8 @@ def build(
         check_output(destination, force=force)
     shop = Workshop(Store(), listener, physical_cores(), evaluation=text)  # holds its entries until the end
     if auto:
-        prepared, made = _decided(shop, source, resolved, wish, text, format=format, quantize=quantize)
+        hashed = _hash(source, listener)
+        prepared, made = decided(shop, hashed, resolved, wish, text, format=format, quantize=quantize)
     elif wish.prune is not None:
         calibration = resolved.quantize.calibration
         prepared = preparing.prepare(shop, _hash(source, listener), wish, calibration=calibration, evaluation=text)
@@ -143,49 +144,6 @@ def build(
     listener(Event("note", "plan", _plan_in_words(made)))
     prepared = prepared or preparing.untouched(_hash(source, listener))
     return Build(prepared, made, text, listener, draft=wanted).run(destination, force=force)
-
-
-def _decided(
-    shop: Workshop,
-    source: Source,
-    target: Target,
-    wish: Wish,
-    text: Path,
-    *,
-    format: str | None,
-    quantize: str | None,
-) -> tuple[Prepared, Plan]:
-    """Let `edgepack/auto` decide, and bring the model into the state it decided on."""
-    from dataclasses import replace
-
-    from edgepack.auto.decide import decide
-    from edgepack.auto.parts import parts
-    from edgepack.auto.trials import Bench, affordable_tokens, refuse_unsuited
-    from edgepack.building import parameters_of
-    from edgepack.calibrate.texts import resolve
-    from edgepack.heal.command import Options
-    from edgepack.planning import format_of
-    from edgepack.preparing import untouched
-
-    refuse_unsuited(source, target, format or format_of(source, target))
-    hashed = _hash(source, shop.listener)
-    tokens = wish.heal or affordable_tokens(parameters_of(hashed), shop.threads)
-    calibration = target.quantize.calibration
-    bench = Bench(
-        shop=shop,
-        source=hashed,
-        target=target,
-        text=text,
-        parts=parts(shop, hashed.path, calibration),
-        tokens=tokens,
-        options=wish.options or Options(),
-        text_name=resolve(calibration).origin,
-        quantize=quantize,
-    )
-    decision = decide(bench)
-    shop.listener(Event("note", "auto", f"{decision.record['chosen']}: {decision.record['why']}"))
-    prepared = bench.prepared(decision.wish) if decision.wish.prune else untouched(hashed)
-    return prepared, replace(bench.plan_of(prepared.source), choice=decision.record)
 
 
 @dataclass(frozen=True)
@@ -411,31 +369,6 @@ def _hash(source: Source, listener: Listener) -> Source:
         hashed = hash_source(source, handle.progress)
         handle.outcome = f"{len(hashed.files)} file{'' if len(hashed.files) == 1 else 's'}"
     return hashed
-
-
-def _wish(prune: str | None, heal: str | None, data: str | None, *, auto: bool) -> Wish:
-    """What is to be done before quantization, from the words of the command line.
-
-    Raises:
-        UsageError: Words that can't be read, or contradict each other.
-    """
-    from edgepack import preparing
-    from edgepack.heal.budget import parse_tokens
-    from edgepack.heal.command import Options
-    from edgepack.prune.request import parse
-
-    if auto and prune is not None:
-        raise UsageError("--auto chooses what to prune, and --prune says it", hint="Give one of them.")
-    if data is not None and heal is None and not auto:
-        raise UsageError("--data is text to heal on, and --heal is not given", hint="Add --heal 2M.")
-    wish = preparing.Wish(
-        None if prune is None else parse(prune),
-        None if heal is None else parse_tokens(heal, "--heal"),
-        Options(data=data),
-    )
-    if not auto:
-        preparing.check(wish)
-    return wish
 
 
 def _plan_in_words(made: Plan) -> str:

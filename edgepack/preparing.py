@@ -71,6 +71,36 @@ def untouched(source: Source) -> Prepared:
     return Prepared(source, source, source)
 
 
+def parse(prune: str | None, heal: str | None, data: str | None, *, auto: bool) -> Wish:
+    """What is to be done before quantization, from the words of the command line.
+
+    Args:
+        prune: `depth=2,ffn=1024`.
+        heal: Tokens.
+        data: Text to heal on.
+        auto: What to prune is decided later.
+
+    Raises:
+        UsageError: Words that can't be read, or contradict each other.
+    """
+    from edgepack.heal.budget import parse_tokens
+    from edgepack.heal.command import Options
+    from edgepack.prune.request import parse as parse_prune
+
+    if auto and prune is not None:
+        raise UsageError("--auto chooses what to prune, and --prune says it", hint="Give one of them.")
+    if data is not None and heal is None and not auto:
+        raise UsageError("--data is text to heal on, and --heal is not given", hint="Add --heal 2M.")
+    wish = Wish(
+        None if prune is None else parse_prune(prune),
+        None if heal is None else parse_tokens(heal, "--heal"),
+        Options(data=data),
+    )
+    if not auto:
+        check(wish)
+    return wish
+
+
 def check(wish: Wish) -> None:
     """Refuse wishes that contradict themselves, before anything is read.
 

@@ -17,7 +17,7 @@ import torch
 from edgepack.calibrate.overlap import refuse_overlap
 from edgepack.calibrate.texts import calibration_text
 from edgepack.checkpoint import Checkpoint, open_checkpoint
-from edgepack.errors import InputRefused
+from edgepack.errors import InputRefused, StepError
 from edgepack.heal.device import best_device
 from edgepack.heal.distill import ALIKE, SCORED_COST, SCORING_SHARE, Settings, distill
 from edgepack.heal.encoder_evaluation import Evaluation
@@ -26,7 +26,7 @@ from edgepack.heal.encoder_objective import TowardsEncoder
 from edgepack.heal.encoder_rows import LONGEST, Rows, encoder_rows
 from edgepack.heal.encoder_teacher import Teacher, kept_bytes
 from edgepack.heal.worker import write_model
-from edgepack.prune.folder import read_sidecar
+from edgepack.prune.folder import read_sidecar, write_sidecar
 from edgepack.text import read_text, text_sha256
 from edgepack.worker import Progress, no_progress
 from edgepack.workshop import available_memory_bytes
@@ -107,7 +107,7 @@ def heal_encoder(
         progress=progress,
     )
     after = measured.row(student)
-    write_model(made, student.model, Path(folder))
+    _write(made, student, Path(folder))
     score = score_name(guide)
     return outcome.as_json(score) | {
         "score": score,
@@ -126,6 +126,20 @@ def heal_encoder(
             "text_sha256": text_sha256(judged),
         },
     }
+
+
+def _write(made: Checkpoint, student: Encoder, folder: Path) -> None:
+    """Write the healed folder; what was pruned stays written in it, so that it can be healed on.
+
+    Raises:
+        StepError: A trained weight has no tensor in the checkpoint it could be written to.
+    """
+    lost = set(layer_parameters(student)) - write_model(made, student.model, folder)
+    if lost:
+        raise StepError(f"{made.path.name}: {len(lost)} trained weights have no tensor in it, first {min(lost)}")
+    document = read_sidecar(made.path)
+    if document is not None:
+        write_sidecar(folder, document)
 
 
 def refuse_strangers(made: Checkpoint, student: Encoder, original: Checkpoint, guide: Encoder) -> None:
