@@ -35,6 +35,7 @@ from edgepack.heal.objective import TowardsTeacher
 from edgepack.text import read_text
 from edgepack.worker import Progress, no_progress
 
+_PASSES = 2  # over text and samples: what the figures of docs/refining.md were measured with
 # Bits per weight -> peak learning rate, of the study (docs/refining.md); between them on a line of logarithms. A coarse
 # grid needs large moves, a fine one is left by them.
 RATES = ((2.6, 2.5e-4), (3.5, 1e-4), (4.5, 4e-5))
@@ -91,8 +92,8 @@ def refine(
     bits = _bits(Path(artifact), weights)
     window = min(WINDOW_TOKENS, spec.context_length)
     pieces = calibration_windows(source, content, window, windows_wanted(tokens, window))
-    found = training_text(teacher, pieces, tokens, journal=Path(journal))
-    settings = paced(tokens, window, learning_rate or rate_for(bits))
+    found = training_text(teacher, pieces, tokens, journal=Path(journal), passes=_PASSES)
+    settings = paced(tokens, window, learning_rate or rate_for(bits), most_windows=32, least_steps=100)
     objective = TowardsTeacher(teacher, keep=worth_keeping(tokens, found.training, teacher))
     outcome = distill(
         student,

@@ -41,6 +41,8 @@ _EVALUATED_LOGITS = 5  # copies of a window's logits: of both models, their log-
 # it (Zen 4, 512 x 1280 and larger): good for minutes or hours.
 _CORE_FLOPS, _CORE_FLOPS_MIXED = 45e9, 75e9
 _GPU_FLOPS = 60e12
+LEAST_K = 512  # as good as all logits (docs/refining.md); less of the vocabulary starts to bias the student
+TEACHER_SHARE = 0.25  # of the free memory, for what the teacher said
 _INSIDE = re.compile(r"(?:^|\.)\d+\.")
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -166,6 +168,11 @@ def memory_bytes(student: Facts, teacher: Facts, means: Means, window: int, *, m
     return BASE_BYTES + max(training, _before_and_after(student, teacher, window))
 
 
+def kept_bytes(windows: int, tokens: int, vocabulary: int, keep: int = LEAST_K) -> int:
+    """Memory the kept log-probabilities of so many windows take."""
+    return windows * tokens * min(keep, vocabulary) * 6
+
+
 def _before_and_after(student: Facts, teacher: Facts, window: int) -> int:
     """Bytes while models are loaded from mapped files, and while both are evaluated: in float32 each."""
     weights = _frozen(student, half=False) + _frozen(teacher, half=False)
@@ -218,15 +225,19 @@ class Cost:
         means: How it trains.
         memory_bytes: Peak.
         seconds: Rough.
+        kept_bytes: Taken besides if it is free, for what the teacher said of windows that are seen again.
     """
 
     means: Means
     memory_bytes: int
     seconds: float
+    kept_bytes: int = 0
 
     def sentence(self) -> str:
         """In words."""
-        return f"{self.means}; about {duration(self.seconds)}; {self.memory_bytes / 1e9:.1f} GB of memory"
+        more = self.kept_bytes / 1e9
+        kept = f", up to {more:.1f} GB more if free, for what the teacher said" if more >= 0.1 else ""
+        return f"{self.means}; about {duration(self.seconds)}; {self.memory_bytes / 1e9:.1f} GB of memory{kept}"
 
 
 def duration(seconds: float) -> str:

@@ -3,12 +3,11 @@
 Windows are cut from one stream of tokens without padding. Held-out windows come from a few places spread over the
 text; a training window that shares a run of `SHARED_TOKENS` tokens with one of them is left out. Text that is passed
 too often is learned by heart, and text sampled from the teacher itself teaches as well as real text (docs/refining.md):
-what two passes over the text don't cover is sampled.
+what four passes over the text don't cover is sampled.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +18,16 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 
-from edgepack.errors import InputRefused, StepError
+from edgepack.errors import InputRefused
 from edgepack.files import storage_errors
+from edgepack.heal.budget import MOST_PASSES
+from edgepack.heal.sampling import sampled
 from edgepack.worker import Progress, no_progress
 
 WINDOW_TOKENS = 512
 MOST_HELD_OUT, LEAST_HELD_OUT = 24, 2
-MOST_PASSES = 2
 SHARED_TOKENS = 64  # longer than licence headers' sentences, shorter than a paragraph
 _RUNS = 4  # places that held-out windows come from
-_SAMPLED_AT_ONCE = 32
-_SEED = 20260302
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -62,6 +60,7 @@ def training_text(
     *,
     journal: Path,
     sample: bool = True,
+    passes: int = MOST_PASSES,
     progress: Progress = no_progress,
 ) -> TrainingText:
     """Split a text and fill it up.
@@ -71,7 +70,8 @@ def training_text(
         pieces: Windows of the text in order, all of one length (`calibrate.texts.calibration_windows`).
         tokens: To train on.
         journal: Sampled text is kept there for a run that is resumed.
-        sample: Draw what two passes don't cover; otherwise the text is passed as often as it takes.
+        sample: Draw what `passes` don't cover; otherwise the text is passed as often as it takes.
+        passes: Over text and samples.
         progress: In tokens sampled.
 
     Raises:
@@ -79,7 +79,7 @@ def training_text(
     """
     training, held_out, left_out = split(pieces)
     wanted = -(-tokens // training.shape[1])
-    missing = -(-wanted // MOST_PASSES) - len(training)
+    missing = -(-wanted // passes) - len(training)
     if not sample or missing <= 0:
         return TrainingText(training, held_out, 0, left_out)
     path = journal / "sampled.safetensors"
@@ -139,46 +139,3 @@ def _shingles(tokens: Sequence[int]) -> npt.NDArray[np.uint64]:
     for place in range(length):
         found = found * _MIX + ids[place : place + len(found)]
     return found
-
-
-def sampled(
-    teacher: Any, starts: torch.Tensor, count: int, tokens: int, progress: Progress = no_progress
-) -> torch.Tensor:
-    """Text the teacher writes, at temperature 1, ends of documents included.
-
-    Args:
-        teacher: A causal language model of transformers.
-        starts: First tokens to choose from: BOS where windows begin with it.
-        count: Windows.
-        tokens: Of each.
-        progress: In tokens.
-
-    Returns:
-        `[count, tokens]` on the CPU; the same for the same model, machine and threads.
-
-    Raises:
-        StepError: The teacher gives NaN or infinite logits.
-    """
-    device = next(teacher.parameters()).device
-    # transformers 5.24 renamed it, and warns of the old name
-    cached = "cache" if "cache" in inspect.signature(teacher.forward).parameters else "past_key_values"
-    generator = torch.Generator().manual_seed(_SEED)
-    found = []
-    for first in range(0, count, _SAMPLED_AT_ONCE):
-        some = min(_SAMPLED_AT_ONCE, count - first)
-        picked = torch.randint(len(starts), (some,), generator=generator)
-        ids = starts[picked][:, None]
-        written, memory = [ids], None
-        with torch.no_grad():
-            for place in range(1, tokens):
-                out = teacher(ids.to(device), use_cache=True, **{cached: memory})
-                memory = out.past_key_values
-                likely = torch.softmax(out.logits[:, -1].float().cpu(), dim=-1)
-                if not torch.isfinite(likely).all():
-                    raise StepError("training: the source model gives NaN or infinite logits on its own text")
-                ids = torch.multinomial(likely, 1, generator=generator)
-                written.append(ids)
-                if place % 64 == 0:
-                    progress(first * tokens + some * place, count * tokens)
-        found.append(torch.cat(written, dim=1))
-    return torch.cat(found)

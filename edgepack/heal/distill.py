@@ -77,19 +77,30 @@ class Settings:
     probe: bool = False
 
 
-def paced(tokens: int, window_tokens: int, learning_rate: float, *, held_out: int = MOST_HELD_OUT) -> Settings:
-    """Settings for a number of tokens: 32 windows a step, fewer where that would leave less than 100 steps.
+def paced(
+    tokens: int,
+    window_tokens: int,
+    learning_rate: float,
+    *,
+    held_out: int = MOST_HELD_OUT,
+    most_windows: int = 8,
+    least_steps: int = 250,
+) -> Settings:
+    """Settings for a number of tokens, with a warm-up of 20 steps and a cosine to 5 % as in docs/refining.md.
 
-    32 x 512 tokens, a warm-up of 20 steps and a cosine to 5 % are those of the study in docs/refining.md.
+    Small steps: the teacher's distributions are targets with little noise, so that a budget of tokens brings more in
+    many steps than in large ones (docs/healing.md).
 
     Args:
         tokens: To train on.
         window_tokens: Of a window.
         learning_rate: Peak.
         held_out: Held-out windows: they are scored as often as `SCORING_SHARE` allows, at least twice after the start.
+        most_windows: Of a step.
+        least_steps: Fewer windows a step are taken, down to 4, where that would leave less than so many.
     """
     windows = max(1, tokens // window_tokens)
-    batch = min(32, max(4, windows // 100))
+    batch = min(most_windows, max(4, windows // least_steps))
     steps = math.ceil(windows / batch)
     evaluations = int(SCORING_SHARE * windows / (SCORED_COST * held_out))
     return Settings(

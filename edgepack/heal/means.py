@@ -14,7 +14,8 @@ from typing import Literal
 
 from edgepack.checkpoint import Checkpoint
 from edgepack.errors import StepError, UsageError
-from edgepack.heal.cost import Cost, Facts, Means, facts_of, memory_bytes, training_seconds
+from edgepack.heal.budget import MOST_PASSES
+from edgepack.heal.cost import TEACHER_SHARE, Cost, Facts, Means, facts_of, kept_bytes, memory_bytes, training_seconds
 from edgepack.heal.processor import fast_bfloat16
 
 Method = Literal["auto", "full", "lora"]
@@ -89,7 +90,9 @@ def predict(
     seconds = training_seconds(
         made, original, means, tokens, window, mixed=where.mixed, cores=where.cores, gpu=where.gpu
     )
-    return Cost(means, memory, seconds)
+    kept = kept_bytes(-(-tokens // (MOST_PASSES * window)), window, made.vocabulary)
+    free = where.free_bytes or 0
+    return Cost(means, memory, seconds, kept if kept < TEACHER_SHARE * (free - memory) else 0)
 
 
 def window_tokens(student: Facts, teacher: Facts) -> int:

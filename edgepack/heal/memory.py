@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from edgepack.heal.cost import LEAST_K, TEACHER_SHARE, kept_bytes
 from edgepack.heal.lora import adapted
-from edgepack.heal.objective import LEAST_K, forward, kept_bytes, mixed_precision
+from edgepack.heal.objective import forward, mixed_precision
 from edgepack.workshop import available_memory_bytes
 
 CPU_WINDOWS = 4  # more at once make a CPU no faster (docs/refining.md)
@@ -15,7 +16,6 @@ _SHARE = 0.5  # of the free memory: the rest of the machine lives from it too
 # Activations kept per output value of a layer, in float32 values: the output itself, and what element-wise functions
 # and attention between layers keep.
 _VALUES = 2.5
-_TEACHER_SHARE = 0.25  # of the free memory, for what the teacher said
 _LOGIT_COPIES = 4  # logits, the teacher's, their gradient, and what it is handed on as
 
 
@@ -78,4 +78,4 @@ def worth_keeping(tokens: int, training: torch.Tensor, teacher: Any) -> int | No
     if tokens <= training.numel():
         return None
     nbytes = kept_bytes(len(training), training.shape[1], teacher.config.get_text_config().vocab_size)
-    return LEAST_K if nbytes < _TEACHER_SHARE * available_memory_bytes() else None
+    return LEAST_K if nbytes < TEACHER_SHARE * available_memory_bytes() else None

@@ -19,13 +19,13 @@ from typing import Any, Protocol
 
 import torch
 
+from edgepack.heal.cost import LEAST_K
 from edgepack.heal.processor import fast_bfloat16
 from edgepack.heal.unembedding import Unembedding, blocks, take_apart
 
 # Positions that have less context are not scored: their predictions are those of a model that knows nothing yet.
 FIRST_SCORED = 32
 _VALUES = 1 << 19  # probabilities that are worked on at once: 2 MB, which stay in a cache
-LEAST_K = 512  # as good as all logits (docs/refining.md); less of the vocabulary starts to bias the student
 _JUDGED_BYTES = 256 << 20  # of what the teacher said of held-out windows: hidden states of them, or logits
 
 
@@ -292,8 +292,3 @@ def _largest_block(
         likely.exp_().mul_((1 - rest / left)[:, None])
         gradient[rows] = likely.scatter_(1, some, chosen.exp_().sub_(probability))
     return found, gradient
-
-
-def kept_bytes(windows: int, tokens: int, vocabulary: int, keep: int = LEAST_K) -> int:
-    """Memory the kept log-probabilities of so many windows take."""
-    return windows * tokens * min(keep, vocabulary) * 6

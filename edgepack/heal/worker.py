@@ -9,6 +9,7 @@ same names.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from edgepack.calibrate.texts import CalibrationText, calibration_text, calibrat
 from edgepack.checkpoint import Checkpoint, open_checkpoint
 from edgepack.errors import InputRefused, UsageError
 from edgepack.files import copy, storage_errors
-from edgepack.heal.cost import Facts, Means, facts_of, memory_bytes
+from edgepack.heal.cost import Facts, Means, facts_of, kept_bytes, memory_bytes
 from edgepack.heal.data import training_text, windows_wanted
 from edgepack.heal.device import best_device
 from edgepack.heal.distill import distill, paced
@@ -112,7 +113,11 @@ def heal(
     student, guide = (load_model(path).to(device) for path in (student_folder, teacher_folder))
     measured = Evaluation(guide, _evaluation_windows(teacher_folder, evaluation, window))
     own, before = measured.rows(student)
-    found = training_text(guide, pieces, tokens, journal=notes)
+    started = time.monotonic()
+    found = training_text(
+        guide, pieces, tokens, journal=notes, progress=lambda done, total: progress(done, total + tokens)
+    )
+    sampling_seconds = time.monotonic() - started
     if not layers:
         means = replace(means, keep=decided(notes, "keep", lambda: worth_keeping(tokens, found.training, guide)))
     settings = replace(
@@ -121,6 +126,7 @@ def heal(
         checkpointing=means.checkpointing,
         probe=True,
     )
+    kept = kept_bytes(len(found.training), window, made.vocabulary, means.keep) if means.keep else 0
     with trained(student, guide, means) as weights:
         outcome = distill(
             student,
@@ -130,7 +136,7 @@ def heal(
             settings,
             journal=notes,
             weights=weights,
-            progress=progress,
+            progress=_later(progress, found.sampled * window),
         )
     _, after = measured.rows(student)
     write_model(open_checkpoint(student_folder), student, Path(folder))
@@ -146,8 +152,10 @@ def heal(
         "cost": {
             "predicted_seconds": outcome.predicted_seconds,
             "seconds": outcome.seconds,
+            "sampling_seconds": sampling_seconds,
             "tokens_per_s": outcome.tokens / outcome.seconds,
-            "predicted_memory_bytes": memory_bytes(made, original, means, window, mixed=machine.mixed, gpu=machine.gpu),
+            "predicted_memory_bytes": kept
+            + memory_bytes(made, original, means, window, mixed=machine.mixed, gpu=machine.gpu),
             "peak_memory_bytes": peak_memory_bytes(device),
         },
         "evaluation": {
@@ -159,6 +167,11 @@ def heal(
             "text_sha256": text_sha256(read_text(evaluation)),
         },
     }
+
+
+def _later(progress: Progress, before: int) -> Progress:
+    """Progress of a second part of work, as that of the whole."""
+    return lambda done, total: progress(before + done, before + total)
 
 
 def _evaluation_windows(folder: Path, evaluation: str, window: int) -> list[list[int]]:

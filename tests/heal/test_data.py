@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from talker import Talker
 
 from edgepack.errors import InputRefused, UsageError
 from edgepack.heal import data
@@ -45,63 +45,16 @@ def test_a_text_of_three_windows_or_of_one_repeated_is_refused() -> None:
         data.split(pieces(1) * 40)
 
 
-class Talker(torch.nn.Module):
-    """A model of transformers as far as `sampled` looks: token n is followed by n + 1 or, one time in four, n + 2."""
-
-    def __init__(self, vocabulary: int = 50) -> None:
-        super().__init__()
-        ids = torch.arange(vocabulary)
-        rows = torch.full((vocabulary, vocabulary), -torch.inf)
-        rows[ids, (ids + 1) % vocabulary], rows[ids, (ids + 2) % vocabulary] = float(np.log(3)), 0.0
-        self.rows = torch.nn.Parameter(rows)
-        self.calls = 0
-
-    def forward(self, ids: torch.Tensor, past_key_values: Any, use_cache: bool) -> Any:
-        self.calls += 1
-
-        class Output:
-            logits = self.rows[ids]
-
-        Output.past_key_values = past_key_values  # type: ignore[attr-defined]
-        return Output
-
-
-def test_sampled_text_is_drawn_from_the_model_and_the_same_again() -> None:
-    found = data.sampled(Talker(), torch.tensor([4]), 40, 200)
-    steps = (found[:, 1:] - found[:, :-1]) % 50
-    assert found.shape == (40, 200) and (found[:, 0] == 4).all()
-    assert set(steps.unique().tolist()) == {1, 2}
-    assert float((steps == 2).double().mean()) == pytest.approx(0.25, abs=0.02)
-    assert torch.equal(found, data.sampled(Talker(), torch.tensor([4]), 40, 200))
-
-
-def test_a_model_of_transformers_writes_what_it_would_without_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    import transformers
-
-    torch.manual_seed(5)
-    config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.5,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
-    monkeypatch.setattr(torch, "multinomial", lambda likely, count, generator: likely.argmax(-1, keepdim=True))
-    found = data.sampled(model, torch.tensor([3, 9]), 2, 12)
-    for row in found:
-        for place in range(1, 12):
-            with torch.no_grad():
-                assert int(model(row[None, :place]).logits[0, -1].argmax()) == int(row[place])
-
-
-def test_what_two_passes_do_not_cover_is_sampled_once_and_kept(tmp_path: Path) -> None:
+def test_what_four_passes_do_not_cover_is_sampled_once_and_kept(tmp_path: Path) -> None:
     given, talker = [[token % 50 for token in window] for window in pieces(40)], Talker()
-    enough = data.training_text(talker, given, 72 * 96, journal=tmp_path)
+    enough = data.training_text(talker, given, 4 * 36 * 96, journal=tmp_path)
     assert (len(enough.training), enough.sampled, talker.calls) == (36, 0, 0)
-    more = data.training_text(talker, given, 100 * 96, journal=tmp_path)
+    more = data.training_text(talker, given, 200 * 96, journal=tmp_path)
     assert (len(more.training), more.sampled) == (50, 14) and talker.calls > 0
     talker.calls = 0
-    again = data.training_text(talker, given, 100 * 96, journal=tmp_path)
+    again = data.training_text(talker, given, 200 * 96, journal=tmp_path)
     assert talker.calls == 0 and torch.equal(again.training, more.training)
-    assert data.training_text(talker, given, 100 * 96, journal=tmp_path, sample=False).sampled == 0
+    assert data.training_text(talker, given, 200 * 96, journal=tmp_path, sample=False).sampled == 0
 
 
 @pytest.mark.parametrize(
