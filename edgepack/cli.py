@@ -15,6 +15,7 @@ import click
 
 from edgepack import console
 from edgepack.errors import BudgetError, EdgepackError, StepError, UsageError
+from edgepack.interrupts import Terminated, termination_raises
 
 if TYPE_CHECKING:
     from edgepack.events import Listener
@@ -22,18 +23,6 @@ if TYPE_CHECKING:
 
 DOCS = "Docs: https://github.com/edgepack/edgepack#readme"
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class Terminated(BaseException):
-    """SIGTERM or SIGHUP arrived; unwinds like Ctrl-C does: workers are stopped, temporary folders removed.
-
-    Args:
-        number: The signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 # Shared options, one decorator each.
@@ -615,12 +604,9 @@ def run(argv: list[str]) -> int:
     console.accept_any_text()
     as_json = "--json" in argv
     debug = bool(os.environ.get("EDGEPACK_DEBUG"))
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in previous.items():
-        if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
-            signal.signal(number, _terminate)
     try:
-        status = cli.main(args=argv, prog_name="edgepack", standalone_mode=False)
+        with termination_raises():
+            status = cli.main(args=argv, prog_name="edgepack", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except SystemExit as stop:
         return int(stop.code or 0) if not isinstance(stop.code, str) else 1
@@ -641,13 +627,6 @@ def run(argv: list[str]) -> int:
         if debug:
             raise
         return _fail(_unexpected(error), as_json)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise Terminated(number)
 
 
 def _fail(error: EdgepackError, as_json: bool, status: int | None = None) -> int:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
+from edgepack import interrupts
+
 
 @dataclass(frozen=True)
 class Event:
@@ -70,6 +72,7 @@ def step(listener: Listener, name: str, detail: str = "", *, unit: str = "") -> 
 
     A step that raises reports no `done`: the error itself is the report.
     """
+    interrupts.check()
     listener(Event("start", name, detail, unit=unit))
     started = time.monotonic()
     handle = StepHandle(name, unit, listener)

@@ -33,6 +33,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+from edgepack import interrupts
 from edgepack.errors import StepError, from_json
 
 Progress = Callable[[int, int], None]
@@ -291,6 +292,7 @@ class _Child:
             selector.register(self._messages, selectors.EVENT_READ)
             selector.register(self._output, selectors.EVENT_READ)
             while (now := time.monotonic()) < deadline:
+                interrupts.check()
                 if any(stop.is_set() for stop in _stops()):
                     raise Stopped("stopped, because work beside it ended")
                 if now - looked >= _TICK_SECONDS:
