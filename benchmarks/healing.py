@@ -23,10 +23,13 @@ from convert import ROOT
 
 from edgepack.calibrate.layers import load_model
 from edgepack.calibrate.texts import CalibrationText, calibration_text, calibration_windows, resolve
+from edgepack.checkpoint import open_checkpoint
 from edgepack.heal.budget import parse_tokens
+from edgepack.heal.cost import Means, facts_of
 from edgepack.heal.data import TrainingText, training_text, windows_wanted
 from edgepack.heal.distill import distill, paced
 from edgepack.heal.evaluation import Evaluation, recovered
+from edgepack.heal.means import peak_rate
 from edgepack.heal.memory import worth_keeping
 from edgepack.heal.objective import TowardsTeacher, forward, mixed_precision
 from edgepack.prune.command import prune
@@ -62,8 +65,9 @@ class Bench:
             prune(self.model, folder, request)
         return folder
 
-    def healed(self, name: str, student: Path, kind: type[TowardsTeacher], rate: float) -> None:
+    def healed(self, name: str, student: Path, kind: type[TowardsTeacher], rate: float | None) -> None:
         """Train and print a row."""
+        rate = rate or peak_rate(Means("full", 0, False, 4), facts_of(open_checkpoint(student)))
         model = load_model(student).requires_grad_(True)
         teacher, before = self.evaluation.rows(model)
         journal = self.folder / f"journal-{student.name}-{kind.__name__}-{self.tokens}"
@@ -100,9 +104,7 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, help="neurons that stay, for a second pruned model")
     parser.add_argument("--no-cross-entropy", action="store_true", help="by KL divergence only")
     parser.add_argument("--no-sampling", action="store_true", help="pass over the text again instead of sampling more")
-    parser.add_argument(
-        "--learning-rate", type=float, default=2e-4, help="peak; the default is that of docs/healing.md"
-    )
+    parser.add_argument("--learning-rate", type=float, help="peak; the default is that of `edgepack heal`")
     parser.add_argument("--evaluation-windows", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="keeps pruned models and journals")

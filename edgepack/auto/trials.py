@@ -221,7 +221,8 @@ class Bench:
         if variant == WHOLE:
             return whole
         anatomy = self._anatomy()
-        assert anatomy is not None  # only then are there variants
+        if anatomy is None:
+            raise ValueError(f"{variant.name}: {self.source.name} can't be pruned, and has no variants")
         model, imatrix = whole.model
         smaller = shrunk(model, variant, anatomy[1])
         return replace(whole, model=(smaller, imatrix), parameters=smaller.parameters)

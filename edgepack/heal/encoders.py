@@ -25,7 +25,7 @@ from edgepack.heal.encoder_model import Encoder, layer_parameters, load
 from edgepack.heal.encoder_objective import TowardsEncoder
 from edgepack.heal.encoder_rows import LONGEST, Rows, encoder_rows
 from edgepack.heal.encoder_teacher import Teacher, kept_bytes
-from edgepack.heal.worker import write_model
+from edgepack.heal.written import write_model
 from edgepack.prune.folder import read_sidecar, write_sidecar
 from edgepack.text import read_text, text_sha256
 from edgepack.worker import Progress, no_progress

@@ -8,34 +8,30 @@ same names.
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from edgepack import model_folder
-from edgepack.calibrate.layers import load_model, parameter_name
+from edgepack.calibrate.layers import load_model
 from edgepack.calibrate.overlap import refuse_overlap
 from edgepack.calibrate.texts import CalibrationText, calibration_text, calibration_windows
-from edgepack.checkpoint import Checkpoint, open_checkpoint
+from edgepack.checkpoint import open_checkpoint
 from edgepack.errors import InputRefused, UsageError
-from edgepack.files import copy, storage_errors
 from edgepack.heal.cost import Facts, Means, facts_of, kept_bytes, memory_bytes
 from edgepack.heal.data import training_text, windows_wanted
 from edgepack.heal.device import best_device
 from edgepack.heal.distill import distill, paced
 from edgepack.heal.evaluation import WINDOWS, Evaluation, recovered
 from edgepack.heal.hidden import kept_layers, pairs
-from edgepack.heal.means import DEFAULT_RANK, Method, choose, peak_rate, window_tokens
+from edgepack.heal.means import DEFAULT_RANK, Machine, Method, choose, peak_rate, window_tokens
 from edgepack.heal.memory import worth_keeping
 from edgepack.heal.objective import TowardsTeacher
 from edgepack.heal.session import decided, here, peak_memory_bytes, trained
+from edgepack.heal.written import write_model
 from edgepack.text import read_text, text_sha256
 from edgepack.worker import Progress, no_progress
 
@@ -89,29 +85,14 @@ def heal(
         StepError: Not enough memory; a model can't be loaded; the loss is NaN (the best so far stays in `journal`).
     """
     torch.set_num_threads(threads)
-    student_folder, teacher_folder = Path(model), Path(teacher)
-    content = calibration_text(text, teacher_folder)
-    refuse_overlap(content.text, read_text(evaluation))
-    made, original = (facts_of(open_checkpoint(path)) for path in (student_folder, teacher_folder))
-    window = window_tokens(made, original)
-    layers = _layers(student_folder, made, original) if hidden_weight else {}
-    device = best_device()
-    machine, notes = here(device), Path(journal)
-    means = Means(
-        **decided(
-            notes,
-            "means",
-            lambda: asdict(choose(made, original, machine, window=window, method=method, rank=rank)),
-        )
-    )
-    pieces = calibration_windows(teacher_folder, content, window, windows_wanted(tokens, window))
-    if calibration_windows(student_folder, content, window, _COMPARED) != pieces[:_COMPARED]:
-        raise InputRefused(
-            f"{student_folder.name} and {teacher_folder.name} cut text into different tokens",
-            hint="A student is healed by the model it was made from, with the vocabulary it has.",
-        )
-    student, guide = (load_model(path).to(device) for path in (student_folder, teacher_folder))
-    measured = Evaluation(guide, _evaluation_windows(teacher_folder, evaluation, window))
+    pair = _read(Path(model), Path(teacher), text, evaluation)
+    layers = _layers(pair) if hidden_weight else {}
+    device, notes = best_device(), Path(journal)
+    machine = here(device)
+    means = _means(pair, machine, notes, method, rank)
+    pieces = _pieces(pair, tokens)
+    student, guide = (load_model(folder).to(device) for folder in (pair.student, pair.teacher))
+    measured = Evaluation(guide, _evaluation_windows(pair, evaluation))
     own, before = measured.rows(student)
     started = time.monotonic()
     found = training_text(
@@ -121,12 +102,11 @@ def heal(
     if not layers:
         means = replace(means, keep=decided(notes, "keep", lambda: worth_keeping(tokens, found.training, guide)))
     settings = replace(
-        paced(tokens, window, learning_rate or peak_rate(means, made), held_out=len(found.held_out)),
+        paced(tokens, pair.window, learning_rate or peak_rate(means, pair.made), held_out=len(found.held_out)),
         micro_batch=means.micro_batch,
         checkpointing=means.checkpointing,
         probe=True,
     )
-    kept = kept_bytes(len(found.training), window, made.vocabulary, means.keep) if means.keep else 0
     with trained(student, guide, means) as weights:
         outcome = distill(
             student,
@@ -136,15 +116,15 @@ def heal(
             settings,
             journal=notes,
             weights=weights,
-            progress=_later(progress, found.sampled * window),
+            progress=_later(progress, found.sampled * pair.window),
         )
     _, after = measured.rows(student)
-    write_model(open_checkpoint(student_folder), student, Path(folder))
+    write_model(open_checkpoint(pair.student), student, Path(folder))
     return outcome.as_json() | {
         "learning_rate": settings.learning_rate,
-        "batch_tokens": settings.batch_windows * window,
-        "text": content.origin,
-        "text_sha256": content.sha256,
+        "batch_tokens": settings.batch_windows * pair.window,
+        "text": pair.content.origin,
+        "text_sha256": pair.content.sha256,
         "windows": len(found.training) - found.sampled,
         "sampled_windows": found.sampled,
         "device": device.type,
@@ -154,8 +134,7 @@ def heal(
             "seconds": outcome.seconds,
             "sampling_seconds": sampling_seconds,
             "tokens_per_s": outcome.tokens / outcome.seconds,
-            "predicted_memory_bytes": kept
-            + memory_bytes(made, original, means, window, mixed=machine.mixed, gpu=machine.gpu),
+            "predicted_memory_bytes": _predicted_bytes(pair, means, machine, len(found.training)),
             "peak_memory_bytes": peak_memory_bytes(device),
         },
         "evaluation": {
@@ -169,70 +148,85 @@ def heal(
     }
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """A student, its teacher, and the text it is to learn from.
+
+    Args:
+        student: Folder.
+        teacher: Folder.
+        made: Facts of the student.
+        original: Facts of the teacher.
+        content: The text.
+    """
+
+    student: Path
+    teacher: Path
+    made: Facts
+    original: Facts
+    content: CalibrationText
+
+    @property
+    def window(self) -> int:
+        """Tokens of a window."""
+        return window_tokens(self.made, self.original)
+
+
+def _read(student: Path, teacher: Path, text: Mapping[str, Any] | str | None, evaluation: str) -> _Pair:
+    """Read headers and text, and refuse text that the result would be measured on."""
+    content = calibration_text(text, teacher)
+    refuse_overlap(content.text, read_text(evaluation))
+    made, original = (facts_of(open_checkpoint(folder)) for folder in (student, teacher))
+    return _Pair(student, teacher, made, original, content)
+
+
+def _means(pair: _Pair, machine: Machine, notes: Path, method: Method, rank: int) -> Means:
+    """The way of training that was decided on when the run began."""
+
+    def decide() -> dict[str, Any]:
+        return asdict(choose(pair.made, pair.original, machine, window=pair.window, method=method, rank=rank))
+
+    return Means(**decided(notes, "means", decide))
+
+
+def _pieces(pair: _Pair, tokens: int) -> Sequence[Sequence[int]]:
+    """Windows of the text.
+
+    Raises:
+        InputRefused: The tokenizers cut it into different tokens.
+    """
+    pieces = calibration_windows(pair.teacher, pair.content, pair.window, windows_wanted(tokens, pair.window))
+    if calibration_windows(pair.student, pair.content, pair.window, _COMPARED) != pieces[:_COMPARED]:
+        raise InputRefused(
+            f"{pair.student.name} and {pair.teacher.name} cut text into different tokens",
+            hint="A student is healed by the model it was made from, with the vocabulary it has.",
+        )
+    return pieces
+
+
 def _later(progress: Progress, before: int) -> Progress:
     """Progress of a second part of work, as that of the whole."""
     return lambda done, total: progress(before + done, before + total)
 
 
-def _evaluation_windows(folder: Path, evaluation: str, window: int) -> list[list[int]]:
+def _predicted_bytes(pair: _Pair, means: Means, machine: Machine, windows: int) -> int:
+    """Peak memory, with what is kept of the teacher's answers."""
+    training = memory_bytes(pair.made, pair.original, means, pair.window, mixed=machine.mixed, gpu=machine.gpu)
+    kept = kept_bytes(windows, pair.window, pair.made.vocabulary, means.keep) if means.keep else 0
+    return training + kept
+
+
+def _evaluation_windows(pair: _Pair, evaluation: str) -> list[list[int]]:
     content = read_text(evaluation)
     text = CalibrationText(content, text_sha256(content), Path(evaluation).name)
-    return [list(ids) for ids in calibration_windows(folder, text, window, WINDOWS)]
+    return [list(ids) for ids in calibration_windows(pair.teacher, text, pair.window, WINDOWS)]
 
 
-def write_model(checkpoint: Checkpoint, model: Any, folder: Path) -> set[str]:
-    """Write a checkpoint again with the weights a loaded model has now; everything else as it was.
-
-    Args:
-        checkpoint: Where the model was loaded from: names, number formats, shards, the other files.
-        model: From `load_model`, changed.
-        folder: An empty folder.
-
-    Returns:
-        Names of the model's parameters that were written.
-
-    Raises:
-        StorageError: The file system refused.
-    """
-    written: set[str] = set()
-    parameters = {name: value.detach().cpu() for name, value in model.named_parameters(remove_duplicate=False)}
-    with storage_errors(folder):
-        for name in model_folder.allowed_files(checkpoint.path):
-            real = model_folder.locate(checkpoint.path, name)
-            # Steps behind the encoder of a sentence-transformers folder have weights of their own.
-            if real is not None and not model_folder.WEIGHTS.fullmatch(name):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                copy(real, folder / name)
-        for file in sorted({info.file for info in checkpoint.tensors.values()}):
-            with safe_open(file, framework="pt") as shard:
-                kept = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
-                metadata = shard.metadata()
-            for name, values in kept.items():
-                own = _loaded_name(name, parameters)
-                trained = parameters.get(own)
-                if trained is not None and trained.shape == values.shape:
-                    kept[name] = trained.to(values.dtype).contiguous()
-                    written.add(own)
-            save_file(kept, folder / file.name, metadata=metadata or {"format": "pt"})
-    return written
-
-
-def _loaded_name(source: str, parameters: Mapping[str, Any]) -> str:
-    """A tensor's name in the class that was loaded, which may lack the prefix of a head that was saved with it."""
-    # Norms of checkpoints that came from TensorFlow: transformers' modeling_utils renames them as it loads.
-    source = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", source))
-    found = parameter_name(source, parameters)
-    if found in parameters:
-        return found
-    beginning = [name for name in parameters if source.endswith(f".{name}")]
-    return beginning[0] if len(beginning) == 1 else source
-
-
-def _layers(folder: Path, student: Facts, teacher: Facts) -> dict[int, int]:
-    kept = kept_layers(folder, student.layers, teacher.layers)
+def _layers(pair: _Pair) -> dict[int, int]:
+    kept = kept_layers(pair.student, pair.made.layers, pair.original.layers)
     if kept is None:
         raise UsageError(
-            f"{folder.name} does not say which of its teacher's layers it has",
+            f"{pair.student.name} does not say which of its teacher's layers it has",
             hint="`edgepack prune` notes that in edgepack-prune.json; train without the loss on hidden states.",
         )
     return pairs(kept)

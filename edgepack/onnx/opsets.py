@@ -1,7 +1,8 @@
 """The operator sets onnxruntime has, and the versions of each that it reads.
 
 Source: onnxruntime 1.31.1 (`core/graph/model_load_utils.h`, ValidateOpsetForDomain), asked with models of each;
-a test asks the installed one again. Knows nothing of single operators.
+a test asks the installed one again. Newer releases read what this one reads; what only they read is refused, because
+devices have older ones. Knows nothing of single operators.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Container, Mapping, Sequence
 from edgepack.onnx.stored import Tensors, shown
 from edgepack.onnx.wire import Message
 
+ONNXRUNTIME = "1.31"
 # Oldest and newest version of each operator set. ai.onnx below 7 runs "without guarantee" (onnxruntime, model.cc).
 OPSETS: Mapping[str, tuple[int, int]] = {
     "": (7, 26),

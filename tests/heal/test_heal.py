@@ -21,7 +21,7 @@ from pruning_models import cut, make
 
 from edgepack.errors import InputRefused, UsageError
 from edgepack.heal import command
-from edgepack.heal.worker import write_model
+from edgepack.heal.written import write_model
 from edgepack.text import default_evaluation_text
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama-5m"

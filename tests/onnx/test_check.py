@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgepack.errors import InputRefused
 from edgepack.onnx.check import check_model
-from edgepack.onnx.opsets import OPSETS
+from edgepack.onnx.opsets import ONNXRUNTIME, OPSETS
 
 
 @pytest.mark.parametrize("name", hostile.CASES)
@@ -133,11 +133,12 @@ def test_operators_that_onnxruntime_adds_to_the_standard_domain_pass_and_leave_n
 
 
 def test_versions_are_those_of_the_installed_onnxruntime(tmp_path: Path) -> None:
-    """Its newest accepted version and the first refused one, asked of itself."""
+    """Its newest accepted version and the first refused one, asked of itself; a newer release may read more."""
     import onnxruntime
 
+    newer = not onnxruntime.__version__.startswith(f"{ONNXRUNTIME}.")
     for domain, (_, newest) in OPSETS.items():
-        for version, loads in ((newest, True), (newest + 1, False)):
+        for version, loads in ((newest, True), (newest + 1, False))[: 1 if newer else 2]:
             opsets = {domain: version} | ({} if domain == "" else {"": 20})
             data = hostile.model(opsets=opsets).SerializeToString()
             options = onnxruntime.SessionOptions()
