@@ -1,8 +1,10 @@
 """Text an encoder is healed on: rows of tokens as its users give them, cut at other places in every pass.
 
-The first pass reads the sentences of the text one by one. Later ones join up to `MOST_JOINED` neighbours and leave out
-words at one end of most rows, so that a short text passed ten times is never the same text twice (learning it by heart
-is what ends a healing). What a row is, depends on the task:
+The first pass reads the sentences of the text one by one. Later ones join up to `MOST_JOINED` of them, neighbours or
+from anywhere, join halves of two, leave out words at one end of most rows, and replace some tokens of most rows by
+random ones, so that a short text passed twenty times is never the same text twice: learning it by heart is what ends a
+healing (docs/healing.md), and the teacher has an answer to any text (data augmentation in distillation: TinyBERT, Jiao
+et al., arXiv:1909.10351). What a row is, depends on the task:
 
     vectors, labels of tokens          a text
     labels of texts                    a text, or two neighbours as a pair
@@ -17,6 +19,7 @@ shares a run of `SHARED_WORDS` words with one of them. Knows nothing of models b
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +33,7 @@ from edgepack.measure.encoder_samples import mask_token, read_tokenizer
 from edgepack.text import sentences
 
 LONGEST = 128  # tokens of a row: the sentences of ordinary text have 8 to 120
-MOST_PASSES = 16  # that are cut anew; rows of more are seen again
+MOST_PASSES = 32  # that are cut anew; rows of more are seen again
 MOST_JOINED = 4
 MASKED = 0.15  # Devlin et al., arXiv:1810.04805, section 3.1
 SHARED_WORDS = 13  # as in edgepack/calibrate/overlap.py
@@ -39,6 +42,9 @@ LEAST_SENTENCES = 16
 _RUNS = 4  # places that held-out sentences come from
 _JOINED = (0.6, 0.2, 0.1, 0.1)  # share of rows with one sentence, two, three, four
 _SHORTENED, _LEAST_WORDS = 0.9, 7  # share of rows that lose up to a third of their words, if they have so many
+_MIXED = 0.5  # share of rows whose parts are from several places of the text
+_REPLACED, _MOST_REPLACED = 0.7, 0.5  # share of rows with replaced tokens, and the largest share of those in a row
+_UNUSED = re.compile(r"\[unused\d+\]")  # places that BERT's vocabulary keeps free
 _SEED = 20260303
 _TYPE = 1 << 32  # above every token id
 PADDING = -1
@@ -139,10 +145,19 @@ def _joined(found: Sequence[str], generator: random.Random, *, alone: bool) -> I
         count = 1 if alone else generator.choices(range(1, MOST_JOINED + 1), _JOINED)[0]
         parts = list(found[start : start + count])
         start += count
+        if not alone and generator.random() < _MIXED:
+            others = [generator.choice(found) for _ in parts]
+            parts = [parts[0], *others[1:]] if len(parts) > 1 else [_halves(parts[0], others[0])]
         if not alone and generator.random() < _SHORTENED:
             end = generator.choice((0, -1))
             parts[end] = _shortened(parts[end], generator, front=end == 0)
         yield parts
+
+
+def _halves(first: str, second: str) -> str:
+    """The beginning of one sentence and the end of another."""
+    words, more = first.split(), second.split()
+    return " ".join(words[: len(words) // 2] + more[len(more) // 2 :])
 
 
 def _shortened(sentence: str, generator: random.Random, *, front: bool) -> str:
@@ -162,6 +177,9 @@ class _Cutter:
         self._engine.enable_truncation(longest)
         self._pairs = pairs or task == "question-answering"
         self._mask = int(self._engine.token_to_id(mask_token(path))) if task == "fill-mask" else None
+        special = {token.content for token in self._engine.get_added_tokens_decoder().values()}
+        known = self._engine.get_vocab(with_added_tokens=False).items()
+        self._ordinary = sorted(number for token, number in known if token not in special and not _UNUSED.match(token))
 
     def rows(self, found: Sequence[str], number: int) -> list[list[int]]:
         """The rows of one pass, as `pack` takes them."""
@@ -169,7 +187,11 @@ class _Cutter:
         rows = []
         for parts in _joined(found, generator, alone=number == 0 and not self._pairs):
             encoding = self._engine.encode(*self._sides(parts, found, generator))
-            ids = self._hidden(encoding, generator)
+            ids = list(encoding.ids)
+            own = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
+            if number > 0:
+                self._replace(ids, own, generator)
+            self._hide(ids, own, generator)
             rows.append([token + _TYPE * kind for token, kind in zip(ids, encoding.type_ids, strict=True)])
         return rows
 
@@ -182,14 +204,20 @@ class _Cutter:
             return first, rest[0]
         return (" ".join(parts),)
 
-    def _hidden(self, encoding: Any, generator: random.Random) -> list[int]:
-        """Its ids, some of them masked if that is the task."""
-        ids = list(encoding.ids)
-        own = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
+    def _replace(self, ids: list[int], own: Sequence[int], generator: random.Random) -> None:
+        """Put random tokens in some of the places of most rows."""
+        if generator.random() >= _REPLACED:
+            return
+        share = _MOST_REPLACED * generator.random()
+        for place in own:
+            if generator.random() < share:
+                ids[place] = generator.choice(self._ordinary)
+
+    def _hide(self, ids: list[int], own: Sequence[int], generator: random.Random) -> None:
+        """Mask some of the places if that is the task."""
         if self._mask is not None and own:
             for place in generator.sample(own, max(1, round(MASKED * len(own)))):
                 ids[place] = self._mask
-        return ids
 
 
 def pack(rows: Sequence[Sequence[int]]) -> torch.Tensor:

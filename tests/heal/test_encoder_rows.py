@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,33 @@ def test_a_model_without_tokenizer_json_is_refused(folder: Path, text: str, tmp_
         encoder_rows(open_checkpoint(tmp_path / "model"), text, "feature-extraction", 5_000)
     write_tokenizer(tmp_path / "model", SIZES["vocab_size"])
     assert len(encoder_rows(open_checkpoint(tmp_path / "model"), text, "feature-extraction", 5_000).training)
+
+
+def test_later_passes_put_distant_sentences_together_and_other_tokens_in(
+    folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = split(sentences(text, 10_000))[0]
+    place = {
+        word: {number for number, other in enumerate(found) if word in other.split()} for word in set(text.split())
+    }
+
+    def near(words: list[str]) -> bool:
+        """Whether some four neighbours have all of these words."""
+        return any(
+            all(place[word] & set(range(start, start + module.MOST_JOINED)) for word in words)
+            for start in range(len(found))
+        )
+
+    joined = [" ".join(parts).split() for parts in module._joined(found, random.Random(1), alone=False)]
+    distant = sum(not near(words) for words in joined) / len(joined)
+    assert 0.3 < distant < 0.6
+    monkeypatch.setattr(module, "MOST_PASSES", 8)
+    checkpoint = open_checkpoint(folder)
+    made = encoder_rows(checkpoint, text, "feature-extraction", 10**9).training
+    monkeypatch.setattr(module, "_REPLACED", 0.0)
+    plain = encoder_rows(checkpoint, text, "feature-extraction", 10**9).training
+    known = set(plain.unique().tolist())
+    foreign = sum(token not in known for token in made.unique().tolist())
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    assert foreign > 0.5 * (vocabulary - len(known))
+    assert not set(range(len(SPECIAL))) & set(module._Cutter(checkpoint, "feature-extraction", False, 64)._ordinary)
