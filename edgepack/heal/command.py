@@ -166,7 +166,7 @@ def _healed(
 
         def make(folder: Path) -> None:
             before = {source.path: stamps(source) for source in (student, teacher)}
-            _expect(student, teacher, tokens, options, shop)
+            _expect(student, teacher, tokens, options, shop, sum(path.stat().st_size for _, path in located.files))
             with shop.store.journal("heal", keyed(inputs)) as journal:
                 watcher = Watcher(journal, lambda line: shop.listener(Event("note", "heal", line)), handle.progress)
                 report = run(
@@ -243,7 +243,7 @@ def _refuse_early(student: Source, teacher: Source) -> None:
         )
 
 
-def _expect(student: Source, teacher: Source, tokens: int, options: Options, shop: Workshop) -> None:
+def _expect(student: Source, teacher: Source, tokens: int, options: Options, shop: Workshop, text_bytes: int) -> None:
     """Say what training will take, and refuse what does not fit in memory.
 
     Raises:
@@ -257,7 +257,15 @@ def _expect(student: Source, teacher: Source, tokens: int, options: Options, sho
 
     made, original = (open_checkpoint(source.path) for source in (student, teacher))
     if not is_encoder(student):
-        cost = predict(made, original, tokens, cores=shop.threads, method=options.method, rank=options.rank)
+        cost = predict(
+            made,
+            original,
+            tokens,
+            cores=shop.threads,
+            text_bytes=text_bytes,
+            method=options.method,
+            rank=options.rank,
+        )
         shop.listener(Event("note", "heal", cost.sentence()))
         return
     need = STUDENT_BYTES * made.parameters + TEACHER_BYTES * original.parameters + FIXED_BYTES

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from edgepack.checkpoint import Checkpoint
 from edgepack.errors import UsageError
+from edgepack.heal.budget import MOST_PASSES
 
 # Python, torch and transformers with both models' code loaded (Linux, CPU build of torch 2.13), and what lies idle
 # between tensors on the heap.
@@ -41,6 +42,8 @@ _EVALUATED_LOGITS = 5  # copies of a window's logits: of both models, their log-
 # it (Zen 4, 512 x 1280 and larger): good for minutes or hours.
 _CORE_FLOPS, _CORE_FLOPS_MIXED = 45e9, 75e9
 _GPU_FLOPS = 60e12
+_WRITING_SHARE = 0.35  # of what a core gets done in float32, while a model writes token by token: reading takes longer
+_BYTES_PER_TOKEN = 3.5  # of ordinary text, with vocabularies of 2,000 to 30,000 tokens
 LEAST_K = 512  # as good as all logits (docs/refining.md); less of the vocabulary starts to bias the student
 TEACHER_SHARE = 0.25  # of the free memory, for what the teacher said
 _INSIDE = re.compile(r"(?:^|\.)\d+\.")
@@ -217,6 +220,21 @@ def training_seconds(
     return 1.15 * tokens * flops / rate
 
 
+def sampling_seconds(teacher: Facts, tokens: int, text_bytes: int, *, cores: int, gpu: bool = False) -> float:
+    """Time in which the teacher writes what `MOST_PASSES` over the text don't cover; rough.
+
+    Args:
+        teacher: Who writes.
+        tokens: To train on.
+        text_bytes: Of the text there is.
+        cores: To compute with.
+        gpu: On a GPU.
+    """
+    missing = tokens / MOST_PASSES - text_bytes / _BYTES_PER_TOKEN
+    rate = _GPU_FLOPS if gpu else cores * _CORE_FLOPS
+    return max(0.0, missing) * teacher.flops_per_token / (_WRITING_SHARE * rate)
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a run takes.
@@ -224,20 +242,24 @@ class Cost:
     Args:
         means: How it trains.
         memory_bytes: Peak.
-        seconds: Rough.
+        seconds: Rough; with `sampling_seconds`.
+        sampling_seconds: Until the teacher has written what the text lacks.
         kept_bytes: Taken besides if it is free, for what the teacher said of windows that are seen again.
     """
 
     means: Means
     memory_bytes: int
     seconds: float
+    sampling_seconds: float = 0.0
     kept_bytes: int = 0
 
     def sentence(self) -> str:
         """In words."""
         more = self.kept_bytes / 1e9
         kept = f", up to {more:.1f} GB more if free, for what the teacher said" if more >= 0.1 else ""
-        return f"{self.means}; about {duration(self.seconds)}; {self.memory_bytes / 1e9:.1f} GB of memory{kept}"
+        writing = f", {duration(self.sampling_seconds)} of it until the teacher has written more text"
+        time = f"about {duration(self.seconds)}{writing if self.sampling_seconds >= 1 else ''}"
+        return f"{self.means}; {time}; {self.memory_bytes / 1e9:.1f} GB of memory{kept}"
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,17 @@ from typing import Literal
 from edgepack.checkpoint import Checkpoint
 from edgepack.errors import StepError, UsageError
 from edgepack.heal.budget import MOST_PASSES
-from edgepack.heal.cost import TEACHER_SHARE, Cost, Facts, Means, facts_of, kept_bytes, memory_bytes, training_seconds
+from edgepack.heal.cost import (
+    TEACHER_SHARE,
+    Cost,
+    Facts,
+    Means,
+    facts_of,
+    kept_bytes,
+    memory_bytes,
+    sampling_seconds,
+    training_seconds,
+)
 from edgepack.heal.processor import fast_bfloat16
 
 Method = Literal["auto", "full", "lora"]
@@ -63,6 +73,7 @@ def predict(
     tokens: int,
     *,
     cores: int,
+    text_bytes: int | None = None,
     method: Method = "auto",
     rank: int = DEFAULT_RANK,
     machine: Machine | None = None,
@@ -74,6 +85,7 @@ def predict(
         teacher: What it is trained towards.
         tokens: To train on.
         cores: To compute with.
+        text_bytes: Of the text; None: enough for any number of tokens.
         method: `full`, `lora`, or `auto` for the best that fits.
         rank: Of adapters.
         machine: None asks this one.
@@ -90,9 +102,12 @@ def predict(
     seconds = training_seconds(
         made, original, means, tokens, window, mixed=where.mixed, cores=where.cores, gpu=where.gpu
     )
+    writing = 0.0
+    if text_bytes is not None:
+        writing = sampling_seconds(original, tokens, text_bytes, cores=where.cores, gpu=where.gpu)
     kept = kept_bytes(-(-tokens // (MOST_PASSES * window)), window, made.vocabulary)
     free = where.free_bytes or 0
-    return Cost(means, memory, seconds, kept if kept < TEACHER_SHARE * (free - memory) else 0)
+    return Cost(means, memory, seconds + writing, writing, kept if kept < TEACHER_SHARE * (free - memory) else 0)
 
 
 def window_tokens(student: Facts, teacher: Facts) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from edgepack.checkpoint import open_checkpoint
 from edgepack.heal.cost import Cost, Facts, Means, facts_of, memory_bytes, training_seconds
-from edgepack.heal.means import predict
+from edgepack.heal.means import Machine, predict
 from edgepack.heal.probe import Pace, timed
 from edgepack.heal.watch import Watcher
 from edgepack.heal.weights import FullWeights
@@ -83,7 +83,28 @@ def test_time_grows_with_tokens_models_and_repeated_passes(facts: Facts) -> None
 
 def test_a_cost_reads_as_a_sentence() -> None:
     assert Cost(FULL, 2_340_000_000, 5400).sentence() == "all weights; about 90 min; 2.3 GB of memory"
+    long = Cost(FULL, 2_340_000_000, 5400, sampling_seconds=600, kept_bytes=1_520_000_000).sentence()
+    assert long == (
+        "all weights; about 90 min, 10 min of it until the teacher has written more text; 2.3 GB of memory, "
+        "up to 1.5 GB more if free, for what the teacher said"
+    )
     assert "LoRA of rank 32, frozen weights in bfloat16; about 45 s" in Cost(replace(LORA, half=True), 1, 45).sentence()
+
+
+def test_what_the_text_lacks_costs_time_and_room_for_what_is_said_of_it() -> None:
+    checkpoint = open_checkpoint(EXAMPLE)
+    machine = Machine(8 << 30, 2, mixed=False)
+
+    def cost(tokens: int, text_bytes: int | None) -> Cost:
+        return predict(checkpoint, checkpoint, tokens, cores=2, text_bytes=text_bytes, machine=machine)
+
+    enough, short = cost(2_000_000, 10**7), cost(2_000_000, 700_000)
+    assert enough.sampling_seconds == cost(2_000_000, None).sampling_seconds == 0
+    assert short.seconds - short.sampling_seconds == pytest.approx(enough.seconds)
+    # 300,000 tokens of the example at 0.66 ms of one core each (docs/healing.md), on two.
+    assert short.sampling_seconds == pytest.approx(300_000 * 0.66e-3 / 2, rel=0.3)
+    assert short.kept_bytes == pytest.approx(500_000 * 512 * 6, rel=0.01)
+    assert predict(checkpoint, checkpoint, 10**9, cores=2, machine=machine).kept_bytes == 0  # more than a quarter
 
 
 @pytest.fixture(scope="module")
