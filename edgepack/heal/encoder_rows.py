@@ -1,7 +1,7 @@
 """Text an encoder is healed on: rows of tokens as its users give them, cut at other places in every pass.
 
 The first pass reads the sentences of the text one by one. Later ones join up to `MOST_JOINED` of them, neighbours or
-from anywhere, join halves of two, leave out words at one end of most rows, and replace some tokens of most rows by
+from anywhere, join halves of two, leave out words at one end of most rows, and replace some tokens of every other row by
 random ones, so that a short text passed twenty times is never the same text twice: learning it by heart is what ends a
 healing (docs/healing.md), and the teacher has an answer to any text (data augmentation in distillation: TinyBERT, Jiao
 et al., arXiv:1909.10351). What a row is, depends on the task:
@@ -42,8 +42,8 @@ LEAST_SENTENCES = 16
 _RUNS = 4  # places that held-out sentences come from
 _JOINED = (0.6, 0.2, 0.1, 0.1)  # share of rows with one sentence, two, three, four
 _SHORTENED, _LEAST_WORDS = 0.9, 7  # share of rows that lose up to a third of their words, if they have so many
-_MIXED = 0.5  # share of rows whose parts are from several places of the text
-_REPLACED, _MOST_REPLACED = 0.7, 0.5  # share of rows with replaced tokens, and the largest share of those in a row
+_MIXED = 0.3  # share of rows whose parts are from several places of the text
+_REPLACED, _MOST_REPLACED = 0.5, 0.3  # share of rows with replaced tokens, and the largest share of those in a row
 _UNUSED = re.compile(r"\[unused\d+\]")  # places that BERT's vocabulary keeps free
 _SEED = 20260303
 _TYPE = 1 << 32  # above every token id
@@ -205,7 +205,7 @@ class _Cutter:
         return (" ".join(parts),)
 
     def _replace(self, ids: list[int], own: Sequence[int], generator: random.Random) -> None:
-        """Put random tokens in some of the places of most rows."""
+        """Put random tokens in some of the places of every other row."""
         if generator.random() >= _REPLACED:
             return
         share = _MOST_REPLACED * generator.random()

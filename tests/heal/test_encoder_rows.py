@@ -137,7 +137,7 @@ def test_later_passes_put_distant_sentences_together_and_other_tokens_in(
 
     joined = [" ".join(parts).split() for parts in module._joined(found, random.Random(1), alone=False)]
     distant = sum(not near(words) for words in joined) / len(joined)
-    assert 0.3 < distant < 0.6
+    assert 0.15 < distant < 0.4
     monkeypatch.setattr(module, "MOST_PASSES", 8)
     checkpoint = open_checkpoint(folder)
     made = encoder_rows(checkpoint, text, "feature-extraction", 10**9).training
@@ -146,5 +146,5 @@ def test_later_passes_put_distant_sentences_together_and_other_tokens_in(
     known = set(plain.unique().tolist())
     foreign = sum(token not in known for token in made.unique().tolist())
     vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
-    assert foreign > 0.5 * (vocabulary - len(known))
+    assert foreign > 0.4 * (vocabulary - len(known))
     assert not set(range(len(SPECIAL))) & set(module._Cutter(checkpoint, "feature-extraction", False, 64)._ordinary)
