@@ -1,10 +1,10 @@
 """Text an encoder is healed on: rows of tokens as its users give them, cut at other places in every pass.
 
 The first pass reads the sentences of the text one by one. Later ones join up to `MOST_JOINED` of them, neighbours or
-from anywhere, join halves of two, leave out words at one end of most rows, and replace some tokens of every other row by
-random ones, so that a short text passed twenty times is never the same text twice: learning it by heart is what ends a
-healing (docs/healing.md), and the teacher has an answer to any text (data augmentation in distillation: TinyBERT, Jiao
-et al., arXiv:1909.10351). What a row is, depends on the task:
+from anywhere, join halves of two, leave out words at one end of most rows, and replace some tokens of every other row
+by random ones, so that a short text passed twenty times is never the same text twice: learning it by heart is what ends
+a healing (docs/healing.md), and the teacher has an answer to any text (data augmentation in distillation: TinyBERT,
+Jiao et al., arXiv:1909.10351). What a row is, depends on the task:
 
     vectors, labels of tokens          a text
     labels of texts                    a text, or two neighbours as a pair
