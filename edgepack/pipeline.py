@@ -108,6 +108,7 @@ def build(
     """
     from edgepack import preparing
     from edgepack.auto.build import decided
+    from edgepack.auto.trials import refuse_unsuited
     from edgepack.building import Build
     from edgepack.draft_request import parse as parse_draft
     from edgepack.drafting import refuse_early as refuse_draft
@@ -132,8 +133,9 @@ def build(
         check_output(destination, force=force)
     shop = Workshop(Store(), listener, physical_cores(), evaluation=text)  # holds its entries until the end
     if auto:
+        refuse_unsuited(source, resolved, format or format_of(source, resolved))  # before gigabytes are hashed
         hashed = _hash(source, listener)
-        prepared, made = decided(shop, hashed, resolved, wish, text, format=format, quantize=quantize)
+        prepared, made = decided(shop, hashed, resolved, wish, text, quantize=quantize)
     elif wish.prune is not None:
         calibration = resolved.quantize.calibration
         prepared = preparing.prepare(shop, _hash(source, listener), wish, calibration=calibration, evaluation=text)

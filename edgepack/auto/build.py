@@ -23,36 +23,31 @@ def decided(
     wish: Wish,
     text: Path,
     *,
-    format: str | None,
     quantize: str | None,
 ) -> tuple[Prepared, Plan]:
     """Let `decide` choose, and bring the model into the state it chose.
 
     Args:
         shop: Where results are kept.
-        source: The model, hashed.
+        source: The model, hashed; one that `refuse_unsuited` lets pass.
         target: The profile.
         wish: Tokens and options of healing; what to prune is decided here.
         text: Evaluation text: nothing is chosen by it.
-        format: The user's own choice; None takes the profile's.
-        quantize: The same of the quantization; None fills the budgets.
+        quantize: The user's own choice; None fills the budgets.
 
     Returns:
         The model made ready, and the plan to build it by, with every candidate in `choice`.
 
     Raises:
-        UsageError: A model or profile that `--auto` can't compare candidates of.
         BudgetError: Nothing meets the budgets.
     """
     from edgepack.auto.decide import decide
     from edgepack.auto.parts import parts
-    from edgepack.auto.trials import Bench, affordable_tokens, refuse_unsuited
+    from edgepack.auto.trials import Bench, affordable_tokens
     from edgepack.building import parameters_of
     from edgepack.calibrate.texts import resolve
     from edgepack.heal.command import Options
-    from edgepack.planning import format_of
 
-    refuse_unsuited(source, target, format or format_of(source, target))
     tokens = wish.heal or affordable_tokens(parameters_of(source), shop.threads)
     calibration = target.quantize.calibration
     bench = Bench(
