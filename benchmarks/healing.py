@@ -4,9 +4,10 @@
     benchmarks/healing.py [CHECKPOINT] --tokens 200k [--depth 2] [--ffn 1024] [--folder DIR]
 
 The checkpoint is pruned (two ways where --ffn is given), and each pruned model is trained on the same windows in the
-same order. Held-out text decides which step is kept; the table is measured on the evaluation text (second half of
-each window, transformers in float32, against the full model). Prints a table; asserts nothing. `--folder` keeps pruned
-models and journals: a run that is killed goes on there.
+same order: renewed between passes for KL divergence, as `edgepack heal` does, as they are for cross-entropy. Held-out
+text decides which step is kept; the table is measured on the evaluation text (second half of each window, transformers
+in float32, against the full model). Prints a table; asserts nothing. `--folder` keeps pruned models and journals: a run
+that is killed goes on there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from convert import ROOT
 from edgepack.calibrate.layers import load_model
 from edgepack.calibrate.texts import CalibrationText, calibration_text, calibration_windows, resolve
 from edgepack.checkpoint import open_checkpoint
-from edgepack.heal.budget import parse_tokens
+from edgepack.heal.budget import MOST_PASSES, parse_tokens
 from edgepack.heal.cost import Means, facts_of
 from edgepack.heal.data import TrainingText, training_text, windows_wanted
 from edgepack.heal.distill import distill, paced
@@ -49,15 +51,20 @@ class NextTokens(TowardsTeacher):
 class Bench:
     """A teacher, its text, and the windows it is measured on."""
 
-    def __init__(self, model: Path, tokens: int, windows: int, folder: Path, sample: bool) -> None:
-        self.model, self.tokens, self.folder = model, tokens, folder
+    def __init__(self, model: Path, arguments: argparse.Namespace, folder: Path) -> None:
+        self.model, self.tokens, self.folder = model, parse_tokens(arguments.tokens, "--tokens"), folder
+        self.renew, self.batch_windows = not arguments.no_renewal, arguments.batch_windows
         self.teacher = load_model(model)
-        pieces = calibration_windows(model, calibration_text(None, model), 512, windows_wanted(tokens))
+        wanted = arguments.text_windows or windows_wanted(self.tokens)
+        pieces = calibration_windows(model, calibration_text(None, model), 512, wanted)
         folder.mkdir(parents=True, exist_ok=True)
-        self.text: TrainingText = training_text(self.teacher, pieces, tokens, journal=folder, sample=sample)
+        self.text: TrainingText = training_text(
+            self.teacher, pieces, self.tokens, journal=folder, passes=arguments.passes
+        )
         content = read_text(default_evaluation_text())
         text = CalibrationText(content, text_sha256(content), "evaluation.txt")
-        self.evaluation = Evaluation(self.teacher, calibration_windows(model, text, 512, windows))
+        windows = calibration_windows(model, text, 512, arguments.evaluation_windows)
+        self.evaluation = Evaluation(self.teacher, windows)
 
     def pruned(self, name: str, request: Request) -> Path:
         folder = self.folder / name
@@ -72,11 +79,15 @@ class Bench:
         teacher, before = self.evaluation.rows(model)
         journal = self.folder / f"journal-{student.name}-{kind.__name__}-{self.tokens}"
         journal.mkdir(exist_ok=True)
-        keep = worth_keeping(self.tokens, self.text.training, self.teacher) if kind is TowardsTeacher else None
+        divergence = kind is TowardsTeacher
+        keep = worth_keeping(self.tokens, self.text.training, self.teacher) if divergence else None
+        aim, settings = kind(self.teacher, keep=keep), paced(self.tokens, 512, rate)
+        if self.batch_windows:
+            settings = replace(settings, batch_windows=self.batch_windows)
         cpu, wall = time.process_time(), time.monotonic()
         outcome = distill(
-            model, kind(self.teacher, keep=keep), self.text.training, self.text.held_out,
-            paced(self.tokens, 512, rate), journal=journal,
+            model, aim, self.text.training, self.text.held_out, settings, journal=journal,
+            renewed=aim.renewed if divergence and self.renew else None,
         )  # fmt: skip
         cpu, wall = time.process_time() - cpu, time.monotonic() - wall
         _, after = self.evaluation.rows(model)
@@ -103,7 +114,10 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=2, help="layers to drop; 0 leaves that out")
     parser.add_argument("--ffn", type=int, help="neurons that stay, for a second pruned model")
     parser.add_argument("--no-cross-entropy", action="store_true", help="by KL divergence only")
-    parser.add_argument("--no-sampling", action="store_true", help="pass over the text again instead of sampling more")
+    parser.add_argument("--no-renewal", action="store_true", help="repeat the text in every pass as it is")
+    parser.add_argument("--passes", type=int, default=MOST_PASSES, help="over the text, before the teacher writes more")
+    parser.add_argument("--text-windows", type=int, help="of 512 tokens, instead of all of the text")
+    parser.add_argument("--batch-windows", type=int, help="of a step; the default is that of `edgepack heal`")
     parser.add_argument("--learning-rate", type=float, help="peak; the default is that of `edgepack heal`")
     parser.add_argument("--evaluation-windows", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
@@ -112,10 +126,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        tokens = parse_tokens(arguments.tokens, "--tokens")
-        bench = Bench(
-            arguments.model.resolve(), tokens, arguments.evaluation_windows, folder, not arguments.no_sampling
-        )
+        bench = Bench(arguments.model.resolve(), arguments, folder)
         print(f"text: {resolve(None).origin}, {len(bench.text.training)} windows, {bench.text.sampled} of them sampled")
         print(
             "| run | tokens | KLD before | KLD after (95 %) | PPL of the teacher | PPL before | PPL after | KLD back "

@@ -9,7 +9,7 @@ from edgepack.errors import UsageError
 _FACTORS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 _AMOUNT = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)([kmb]?)", re.IGNORECASE)
 LEAST_TOKENS = 1024  # two windows: less is no training
-MOST_PASSES = 4  # more teach little that is new (Muennighoff et al., arXiv:2305.16264, section 6)
+MOST_PASSES = 16  # renewed in between (`renewal.py`); more text is written where that is not enough
 
 
 def parse_tokens(text: str, option: str) -> int:

@@ -14,6 +14,7 @@ the machine.
 
 from __future__ import annotations
 
+import math
 import re
 import resource
 import sys
@@ -218,6 +219,18 @@ def training_seconds(
     flops += teacher.flops_per_token + 2 * window * teacher.hidden * teacher.layers
     rate = _GPU_FLOPS if gpu else cores * (_CORE_FLOPS_MIXED if mixed else _CORE_FLOPS)
     return 1.15 * tokens * flops / rate
+
+
+def windows_kept(tokens: int, text_bytes: int, window: int) -> int:
+    """Windows that are passed more than once; none if the text is long enough.
+
+    Args:
+        tokens: To train on.
+        text_bytes: Of the text there is.
+        window: Tokens of a window.
+    """
+    text = text_bytes / _BYTES_PER_TOKEN
+    return math.ceil(max(tokens / MOST_PASSES, text) / window) if tokens > text else 0
 
 
 def sampling_seconds(teacher: Facts, tokens: int, text_bytes: int, *, cores: int, gpu: bool = False) -> float:

@@ -2,8 +2,8 @@
 
 Windows are cut from one stream of tokens without padding. Held-out windows come from a few places spread over the
 text; a training window that shares a run of `SHARED_TOKENS` tokens with one of them is left out. Text that is passed
-too often is learned by heart, and text sampled from the teacher itself teaches as well as real text (docs/refining.md):
-what four passes over the text don't cover is sampled.
+too often is learned by heart, even if it is renewed (`renewal.py`), and text sampled from the teacher itself teaches as
+well as real text (docs/refining.md): what `MOST_PASSES` over the text don't cover is sampled.
 """
 
 from __future__ import annotations

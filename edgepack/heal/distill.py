@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ _PROBED = 8  # micro-batches a run has to have for its time to be worth telling 
 ALIKE = 8  # windows of similar lengths that are read together, where lengths differ
 _POOL_STEPS = 16  # whose windows are sorted by length
 _SAVING_SHARE = 0.05  # of the time that writing states may add
+
+Renewed = Callable[[torch.Tensor, int], torch.Tensor]  # training windows, number of the version -> that version
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ def distill(
     *,
     journal: Path,
     weights: Weights | None = None,
+    renewed: Renewed | None = None,
     progress: Progress = no_progress,
 ) -> Outcome:
     """Train a student in place; it ends with the weights that scored best on held-out windows.
@@ -186,13 +189,15 @@ def distill(
         settings: See `Settings`; `paced` makes some.
         journal: Folder that outlives a killed process; the caller removes it when the result is safe.
         weights: What to change; None changes every parameter that asks for gradients.
+        renewed: Makes another version of all training windows, of the same lengths, for every pass after the first;
+            always the same one of the same windows. None repeats them.
         progress: In tokens.
 
     Raises:
         StepError: Loss or score is NaN or infinite; what did best so far stays in `journal` as best.safetensors.
     """
-    run = _Run(student, objective, training, held_out, settings, journal, weights or FullWeights(student), progress)
-    return run.work()
+    masters = weights or FullWeights(student)
+    return _Run(student, objective, training, held_out, settings, journal, masters, renewed, progress).work()
 
 
 class _Run:
@@ -207,18 +212,20 @@ class _Run:
         settings: Settings,
         journal: Path,
         weights: Weights,
+        renewed: Renewed | None,
         progress: Progress,
     ) -> None:
         self._student, self._objective, self._settings = student, objective, settings
         self._training, self._held_out = training, held_out
-        self._weights, self._progress = weights, progress
+        self._weights, self._renewed, self._progress = weights, renewed, progress
+        self._version = 0  # of the training windows
         self._device = next(iter(weights.masters.values())).device
         self._batch = min(settings.batch_windows, len(training))
         self._lengths = (training >= 0).sum(dim=1).tolist()
         self._step_tokens = max(1, self._batch * sum(self._lengths) // len(training))
         self._steps = math.ceil(settings.tokens / self._step_tokens)
         self._every = max(1, math.ceil(self._steps / settings.evaluations))  # steps from one evaluation to the next
-        self._journal = Journal(journal, _fingerprint(student, settings, training, held_out, weights))
+        self._journal = Journal(journal, _fingerprint(student, settings, training, held_out, weights, renewed))
         self._optimizer = torch.optim.AdamW(
             list(weights.masters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
@@ -275,10 +282,21 @@ class _Run:
         windows, micro = self._steps * self._batch, min(self._micro, self._batch)
         if windows <= _PROBED * micro:
             return None
-        training = self._training[:micro].to(self._device)
-        pace = timed(self._student, self._objective, self._weights, training, self._held_out[:1].to(self._device))
+        training = self._training[: 2 * micro].to(self._device)
+        held_out = self._held_out[:1].to(self._device)
+        pace = timed(self._student, self._objective, self._weights, training, held_out, micro_batch=micro)
+        new = windows if self._renewed else min(windows, len(self._training))
         scored = math.ceil(self._steps / self._every) * len(self._held_out)
-        return self._seconds + pace.seconds(windows, self._steps, scored)
+        return self._seconds + pace.seconds(new, windows - new, self._steps, scored) + self._renewing_seconds()
+
+    def _renewing_seconds(self) -> float:
+        """Time of making versions of the training windows: nothing where the teacher's answers are kept."""
+        versions = (self._steps - 1) * self._batch // len(self._training)
+        if self._renewed is None or not versions:
+            return 0.0
+        started = time.monotonic()
+        self._renewed(self._training[:1], 1)
+        return float((time.monotonic() - started) * versions * len(self._training))
 
     def _note(self) -> None:
         self._journal.note(self._history, self._steps, self._predicted)
@@ -289,6 +307,7 @@ class _Run:
             self._step, self._steps, peak=self._settings.learning_rate, warmup=self._settings.warmup,
             decay=self._settings.decay, final=self._settings.final,
         )  # fmt: skip
+        self._renew()
         places = sorted(self._places(), key=self._lengths.__getitem__)  # little padding in each micro-batch
         loss = 0.0
         for start in range(0, len(places), self._micro):
@@ -309,6 +328,12 @@ class _Run:
         self._weights.push()
         self._step += 1
         return {"step": float(self._step), "loss": loss, "learning_rate": rate}
+
+    def _renew(self) -> None:
+        """A version of its own of the training windows for every pass."""
+        version = self._step * self._batch // len(self._training)
+        if self._renewed is not None and version > self._version:
+            self._training, self._version = self._renewed(self._training, version), version
 
     def _places(self) -> list[int]:
         """Numbers of the windows of this step: each pass over the text has an order of its own."""
@@ -369,6 +394,8 @@ class _Run:
                 "best": self._best,
                 "history": self._history,
                 "masters": masters if self._step else {},  # at the start they are the student's
+                "version": self._version,
+                "training": self._training.int() if self._version else None,
                 "optimizer": self._optimizer.state_dict(),
                 "random": torch.get_rng_state(),
             }
@@ -385,6 +412,8 @@ class _Run:
         self._before, self._best, self._history = state["before"], state["best"], state["history"]
         self._spent, self._predicted = state["seconds"], state["predicted_seconds"]
         torch.set_rng_state(state["random"])
+        if state["version"]:
+            self._training, self._version = state["training"].to(self._training.dtype), state["version"]
         if self._step:
             self._optimizer.load_state_dict(state["optimizer"])
             self._take(state["masters"].items())
@@ -412,11 +441,16 @@ def _prepare(student: Any, checkpointing: bool) -> None:
 
 
 def _fingerprint(
-    student: Any, settings: Settings, training: torch.Tensor, held_out: torch.Tensor, weights: Weights
+    student: Any,
+    settings: Settings,
+    training: torch.Tensor,
+    held_out: torch.Tensor,
+    weights: Weights,
+    renewed: Renewed | None,
 ) -> str:
     """Stands for what shapes a run: settings (not how often it is saved), text, and the weights it starts from."""
     shaping = replace(settings, save_seconds=0.0, probe=False)
-    digest = hashlib.sha256(repr(sorted(asdict(shaping).items())).encode())
+    digest = hashlib.sha256(repr((sorted(asdict(shaping).items()), renewed is not None)).encode())
     for windows in (training, held_out):
         digest.update(f"{tuple(windows.shape)}".encode() + windows.cpu().numpy().tobytes())
     for name, value in (*weights.masters.items(), *student.named_parameters()):

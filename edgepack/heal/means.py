@@ -14,7 +14,6 @@ from typing import Literal
 
 from edgepack.checkpoint import Checkpoint
 from edgepack.errors import StepError, UsageError
-from edgepack.heal.budget import MOST_PASSES
 from edgepack.heal.cost import (
     TEACHER_SHARE,
     Cost,
@@ -25,6 +24,7 @@ from edgepack.heal.cost import (
     memory_bytes,
     sampling_seconds,
     training_seconds,
+    windows_kept,
 )
 from edgepack.heal.processor import fast_bfloat16
 
@@ -102,10 +102,10 @@ def predict(
     seconds = training_seconds(
         made, original, means, tokens, window, mixed=where.mixed, cores=where.cores, gpu=where.gpu
     )
-    writing = 0.0
+    writing, kept = 0.0, 0
     if text_bytes is not None:
         writing = sampling_seconds(original, tokens, text_bytes, cores=where.cores, gpu=where.gpu)
-    kept = kept_bytes(-(-tokens // (MOST_PASSES * window)), window, made.vocabulary)
+        kept = kept_bytes(windows_kept(tokens, text_bytes, window), window, made.vocabulary)
     free = where.free_bytes or 0
     return Cost(means, memory, seconds + writing, writing, kept if kept < TEACHER_SHARE * (free - memory) else 0)
 

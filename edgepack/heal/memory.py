@@ -68,7 +68,8 @@ def widen(model: Any) -> None:
 def worth_keeping(tokens: int, training: torch.Tensor, teacher: Any) -> int | None:
     """How many log-probabilities of the teacher to keep for each position; None runs it every time.
 
-    Kept where windows are seen again and there is room.
+    Kept where windows are passed again and there is room: the next pass asks for them again, or draws new windows from
+    them (`renewal.py`).
 
     Args:
         tokens: To train on, with repetitions.

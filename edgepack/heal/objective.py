@@ -21,6 +21,7 @@ import torch
 
 from edgepack.heal.cost import LEAST_K
 from edgepack.heal.processor import fast_bfloat16
+from edgepack.heal.renewal import drawn_anew, noise
 from edgepack.heal.unembedding import Unembedding, blocks, take_apart
 
 # Positions that have less context are not scored: their predictions are those of a model that knows nothing yet.
@@ -110,6 +111,24 @@ class TowardsTeacher:
                 found.append(total / len(last))
         return torch.stack(found).cpu()
 
+    def renewed(self, windows: torch.Tensor, version: int) -> torch.Tensor:
+        """Training windows with tokens drawn anew from what the teacher expects in their places (`renewal.py`).
+
+        Args:
+            windows: All training windows `[windows, tokens]`, on the CPU; what was kept of them is forgotten.
+            version: How often the text has been renewed with this.
+        """
+        generator, found = noise(version), []
+        for place, window in enumerate(windows):
+            kept = self._kept.pop(place) if place in self._kept else self._answer(window[None].to(self._device))
+            found.append(drawn_anew(window, *kept, generator))
+        return torch.stack(found)
+
+    @property
+    def _device(self) -> torch.device:
+        found: torch.device = next(iter(self._teacher.model.parameters())).device
+        return found
+
     def _of(self, student: Any) -> _Model:
         if self._student is None or self._student.model is not student:
             self._student = _Model(student)
@@ -131,17 +150,23 @@ class TowardsTeacher:
         """Indices and log-probabilities `[positions, k]`, from memory where they are."""
         for window, place in zip(windows[:, None], places, strict=True):
             if place not in self._kept:
-                # One by one: a batch of other windows rounds differently, and a resumed run has other batches to fill.
-                with torch.no_grad(), mixed_precision(windows.device):
-                    self._kept[place] = self._of_largest(self._teacher.last(window)[0][0])
+                self._kept[place] = self._answer(window)
         kept = [self._kept[place] for place in places]
         return torch.cat([indices for indices, _ in kept]).long(), torch.cat([logs for _, logs in kept]).float()
+
+    def _answer(self, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's likeliest tokens after each of a window `[1, tokens]`.
+
+        One by one: a batch of other windows rounds differently, and a resumed run has other batches to fill.
+        """
+        with torch.no_grad(), mixed_precision(window.device):
+            return self._of_largest(self._teacher.last(window)[0][0])
 
     def _of_largest(self, taught: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         indices, logs = [], []
         for rows in blocks(len(taught), self._teacher.vocabulary(taught)):
             likely = torch.log_softmax(self._teacher.logits(taught[rows]).float(), dim=-1)
-            largest = likely.topk(min(self._keep or 0, likely.shape[-1]), dim=-1)
+            largest = likely.topk(min(self._keep or LEAST_K, likely.shape[-1]), dim=-1)
             indices.append(largest.indices.int())
             logs.append(largest.values)
         return torch.cat(indices), torch.cat(logs).half()

@@ -22,9 +22,9 @@ from edgepack.calibrate.texts import CalibrationText, calibration_text, calibrat
 from edgepack.checkpoint import open_checkpoint
 from edgepack.errors import InputRefused, UsageError
 from edgepack.heal.cost import Facts, Means, facts_of, kept_bytes, memory_bytes
-from edgepack.heal.data import training_text, windows_wanted
+from edgepack.heal.data import TrainingText, training_text, windows_wanted
 from edgepack.heal.device import best_device
-from edgepack.heal.distill import distill, paced
+from edgepack.heal.distill import Outcome, distill, paced
 from edgepack.heal.evaluation import WINDOWS, Evaluation, recovered
 from edgepack.heal.hidden import kept_layers, pairs
 from edgepack.heal.means import DEFAULT_RANK, Machine, Method, choose, peak_rate, window_tokens
@@ -74,9 +74,9 @@ def heal(
 
     Returns:
         `tokens`, `steps`, `best_step`, held-out `before`, `after` and `difference` (KLD with ci95), `learning_rate`,
-        `text`, `text_sha256`, `windows`, `sampled_windows`; `evaluation`: rows of teacher, student `before` and
-        `after` on the evaluation text, and the shares that were `recovered`; `means`: how it was trained; `cost`: what
-        was predicted and what it took.
+        `text`, `text_sha256`, `windows`, `sampled_windows`, `passes` over both; `evaluation`: rows of teacher, student
+        `before` and `after` on the evaluation text, and the shares that were `recovered`; `means`: how it was trained;
+        `cost`: what was predicted and what it took.
 
     Raises:
         InputRefused: The tokenizers differ; the text is too short, or overlaps the evaluation text.
@@ -107,15 +107,17 @@ def heal(
         checkpointing=means.checkpointing,
         probe=True,
     )
+    objective = TowardsTeacher(guide, hidden=layers, hidden_weight=hidden_weight or 0.0, keep=means.keep)
     with trained(student, guide, means) as weights:
         outcome = distill(
             student,
-            TowardsTeacher(guide, hidden=layers, hidden_weight=hidden_weight or 0.0, keep=means.keep),
+            objective,
             found.training,
             found.held_out,
             settings,
             journal=notes,
             weights=weights,
+            renewed=objective.renewed,
             progress=_later(progress, found.sampled * pair.window),
         )
     _, after = measured.rows(student)
@@ -123,10 +125,7 @@ def heal(
     return outcome.as_json() | {
         "learning_rate": settings.learning_rate,
         "batch_tokens": settings.batch_windows * pair.window,
-        "text": pair.content.origin,
-        "text_sha256": pair.content.sha256,
-        "windows": len(found.training) - found.sampled,
-        "sampled_windows": found.sampled,
+        **_of_text(pair, found, outcome),
         "device": device.type,
         "means": asdict(means) | {"hidden_weight": hidden_weight or 0.0},
         "cost": {
@@ -202,6 +201,17 @@ def _pieces(pair: _Pair, tokens: int) -> Sequence[Sequence[int]]:
             hint="A student is healed by the model it was made from, with the vocabulary it has.",
         )
     return pieces
+
+
+def _of_text(pair: _Pair, found: TrainingText, outcome: Outcome) -> dict[str, Any]:
+    """What was trained on, for the report."""
+    return {
+        "text": pair.content.origin,
+        "text_sha256": pair.content.sha256,
+        "windows": len(found.training) - found.sampled,
+        "sampled_windows": found.sampled,
+        "passes": round(outcome.tokens / found.training.numel(), 2),
+    }
 
 
 def _later(progress: Progress, before: int) -> Progress:

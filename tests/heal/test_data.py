@@ -45,16 +45,16 @@ def test_a_text_of_three_windows_or_of_one_repeated_is_refused() -> None:
         data.split(pieces(1) * 40)
 
 
-def test_what_four_passes_do_not_cover_is_sampled_once_and_kept(tmp_path: Path) -> None:
+def test_what_sixteen_passes_do_not_cover_is_sampled_once_and_kept(tmp_path: Path) -> None:
     given, talker = [[token % 50 for token in window] for window in pieces(40)], Talker()
-    enough = data.training_text(talker, given, 4 * 36 * 96, journal=tmp_path)
+    enough = data.training_text(talker, given, 16 * 36 * 96, journal=tmp_path)
     assert (len(enough.training), enough.sampled, talker.calls) == (36, 0, 0)
-    more = data.training_text(talker, given, 200 * 96, journal=tmp_path)
+    more = data.training_text(talker, given, 800 * 96, journal=tmp_path)
     assert (len(more.training), more.sampled) == (50, 14) and talker.calls > 0
     talker.calls = 0
-    again = data.training_text(talker, given, 200 * 96, journal=tmp_path)
+    again = data.training_text(talker, given, 800 * 96, journal=tmp_path)
     assert talker.calls == 0 and torch.equal(again.training, more.training)
-    assert data.training_text(talker, given, 200 * 96, journal=tmp_path, sample=False).sampled == 0
+    assert data.training_text(talker, given, 800 * 96, journal=tmp_path, sample=False).sampled == 0
 
 
 @pytest.mark.parametrize(

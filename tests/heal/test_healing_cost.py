@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,15 @@ def test_what_the_text_lacks_costs_time_and_room_for_what_is_said_of_it() -> Non
     def cost(tokens: int, text_bytes: int | None) -> Cost:
         return predict(checkpoint, checkpoint, tokens, cores=2, text_bytes=text_bytes, machine=machine)
 
-    enough, short = cost(2_000_000, 10**7), cost(2_000_000, 700_000)
-    assert enough.sampling_seconds == cost(2_000_000, None).sampling_seconds == 0
+    enough, short = cost(8_000_000, 10**8), cost(8_000_000, 700_000)
+    assert enough.sampling_seconds == cost(8_000_000, None).sampling_seconds == enough.kept_bytes == 0
     assert short.seconds - short.sampling_seconds == pytest.approx(enough.seconds)
     # 300,000 tokens of the example at 0.66 ms of one core each (docs/healing.md), on two.
     assert short.sampling_seconds == pytest.approx(300_000 * 0.66e-3 / 2, rel=0.3)
-    assert short.kept_bytes == pytest.approx(500_000 * 512 * 6, rel=0.01)
-    assert predict(checkpoint, checkpoint, 10**9, cores=2, machine=machine).kept_bytes == 0  # more than a quarter
+    assert short.kept_bytes == pytest.approx(500_000 * 512 * 6, rel=0.01)  # of what is passed 16 times
+    assert cost(500_000, 700_000).kept_bytes == pytest.approx(200_000 * 512 * 6, rel=0.01)  # of the text
+    assert cost(100_000, 700_000).kept_bytes == 0  # nothing is passed twice
+    assert cost(10**9, 700_000).kept_bytes == 0  # more than a quarter of what is free
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +164,29 @@ def test_a_journal_that_is_not_there_yet_is_no_news(tmp_path: Path) -> None:
 
 
 def test_a_pace_adds_up() -> None:
-    assert Pace(window=2.0, optimizer=0.5, scored=1.0).seconds(windows=40, steps=10, scored=6) == 40 * 2 + 5 + 6
+    pace = Pace(new=3.0, seen=2.0, optimizer=0.5, scored=1.0)
+    assert pace.seconds(new=7, seen=40, steps=10, scored=6) == 7 * 3 + 40 * 2 + 5 + 6
+
+
+def test_windows_the_teacher_has_answered_are_timed_apart() -> None:
+    student, asked = torch.nn.Linear(3, 3), set()
+
+    class Aim:
+        def loss(self, model: Any, windows: Any, places: Any) -> torch.Tensor:
+            if not asked.issuperset(places):
+                time.sleep(0.1 * len(windows))
+            asked.update(places)
+            found: torch.Tensor = model(windows).square().mean()
+            return found
+
+        def score(self, model: Any, windows: Any) -> torch.Tensor:
+            return torch.zeros(len(windows))
+
+    for windows in (4, 3):  # two micro-batches, or less
+        asked.clear()
+        training = torch.ones(windows, 3)
+        pace = timed(student, Aim(), FullWeights(student), training, training[:1], micro_batch=2)
+        assert 0.1 <= pace.new < 0.2 and pace.seen < 0.05
 
 
 def test_timing_changes_neither_weights_nor_gradients_nor_random_numbers() -> None:
@@ -177,7 +202,7 @@ def test_timing_changes_neither_weights_nor_gradients_nor_random_numbers() -> No
             return torch.zeros(len(windows))
 
     before, state = student.weight.clone(), torch.get_rng_state()
-    pace = timed(student, Aim(), FullWeights(student), torch.ones(2, 3), torch.ones(1, 3))
-    assert pace.window > 0 and pace.optimizer > 0 and pace.scored >= 0
+    pace = timed(student, Aim(), FullWeights(student), torch.ones(2, 3), torch.ones(1, 3), micro_batch=1)
+    assert pace.new > 0 and pace.seen > 0 and pace.optimizer > 0 and pace.scored >= 0
     assert torch.equal(student.weight, before) and student.weight.grad is None
     assert torch.equal(torch.get_rng_state(), state)
