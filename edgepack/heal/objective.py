@@ -152,12 +152,14 @@ class TowardsTeacher:
             if place not in self._kept:
                 self._kept[place] = self._answer(window)
         kept = [self._kept[place] for place in places]
-        return torch.cat([indices for indices, _ in kept]).long(), torch.cat([logs for _, logs in kept]).float()
+        indices, logs = (torch.cat(values).to(windows.device) for values in zip(*kept, strict=True))
+        return indices.long(), logs.float()
 
     def _answer(self, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's likeliest tokens after each of a window `[1, tokens]`.
+        """The teacher's likeliest tokens after each of a window `[1, tokens]`, and their log-probabilities.
 
-        One by one: a batch of other windows rounds differently, and a resumed run has other batches to fill.
+        One by one: a batch of other windows rounds differently, and a resumed run has other batches to fill. In the
+        memory of the CPU, which is what `worth_keeping` looks at.
         """
         with torch.no_grad(), mixed_precision(window.device):
             return self._of_largest(self._teacher.last(window)[0][0])
@@ -169,7 +171,7 @@ class TowardsTeacher:
             largest = likely.topk(min(self._keep or LEAST_K, likely.shape[-1]), dim=-1)
             indices.append(largest.indices.int())
             logs.append(largest.values)
-        return torch.cat(indices), torch.cat(logs).half()
+        return torch.cat(indices).cpu(), torch.cat(logs).half().cpu()
 
 
 class _Model:

@@ -24,22 +24,21 @@ def noise(version: int) -> torch.Generator:
 def drawn_anew(
     window: torch.Tensor, indices: torch.Tensor, logs: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """A window with tokens drawn anew; the first stays, nothing predicts it.
+    """A window with tokens drawn anew; the first stays, nothing predicts it. All on the CPU.
 
     Args:
         window: Token ids `[tokens]`.
         indices: The teacher's `k` likeliest next tokens after each, `[tokens, k]`.
         logs: Their log-probabilities; where a draw falls to a token that is none of them, the old one stays.
-        generator: On the CPU.
+        generator: Of random numbers.
 
     Returns:
-        `[tokens]`, on the CPU.
+        `[tokens]`.
     """
-    indices, sums = indices[:-1].cpu().long(), logs[:-1].float().exp().cumsum(dim=-1).cpu()
-    old = window[1:].cpu()
+    indices, sums, old = indices[:-1].long(), logs[:-1].float().exp().cumsum(dim=-1), window[1:]
     places = torch.rand(len(old), 1, generator=generator)
     chosen = torch.rand(len(old), generator=generator) < SHARE
     ranks = torch.searchsorted(sums, places, right=True)
     known = ranks[:, 0] < indices.shape[1]
     new = indices.gather(1, ranks.clamp(max=indices.shape[1] - 1))[:, 0]
-    return torch.cat([window[:1].cpu(), torch.where(chosen & known, new, old)])
+    return torch.cat([window[:1], torch.where(chosen & known, new, old)])
