@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +21,10 @@ from safetensors.torch import load_file, save_file
 sys.path.append(str(Path(__file__).parents[1] / "prune"))
 from pruning_models import cut, make
 
+from edgepack.calibrate.texts import calibration_text, resolve
 from edgepack.errors import InputRefused, UsageError
-from edgepack.heal import command
+from edgepack.heal import command, worker
+from edgepack.heal.distill import distill
 from edgepack.heal.written import write_model
 from edgepack.text import default_evaluation_text
 
@@ -92,6 +96,38 @@ def test_the_healed_folder_has_the_students_files_names_and_formats(damaged: Pat
         {k: v for f in sorted(p.glob("*.safetensors")) for k, v in load_file(f).items()} for p in (folder, damaged)
     )
     assert {k: (v.dtype, v.shape) for k, v in ours.items()} == {k: (v.dtype, v.shape) for k, v in theirs.items()}
+
+
+def test_a_short_text_is_passed_often_and_renewed_from_the_teacher_each_time(
+    damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions: list[torch.Tensor] = []
+
+    def watched(student: Any, objective: Any, training: torch.Tensor, *others: Any, **options: Any) -> Any:
+        renewed = options.pop("renewed")
+
+        def watch(windows: torch.Tensor, version: int) -> torch.Tensor:
+            found: torch.Tensor = renewed(windows, version)
+            if len(windows) == len(training):  # not the one window that is timed before the start
+                versions.append(found)
+            return found
+
+        versions.append(training)
+        return distill(student, objective, training, *others, renewed=watch, **options)
+
+    monkeypatch.setattr(worker, "distill", watched)
+    (tmp_path / "text.txt").write_text(calibration_text(None, EXAMPLE).text[:8000], encoding="utf-8")
+    for name in ("out", "journal"):
+        (tmp_path / name).mkdir()
+    report = worker.heal(
+        model=str(damaged), teacher=str(EXAMPLE), folder=str(tmp_path / "out"), tokens=10_000,
+        text=resolve(str(tmp_path / "text.txt")).as_json(), evaluation=str(default_evaluation_text()), threads=1,
+        journal=str(tmp_path / "journal"),
+    )  # fmt: skip
+    assert report["passes"] == pytest.approx(report["tokens"] / versions[0].numel(), abs=0.01)
+    assert len(versions) == math.ceil(report["passes"]) > 2
+    for old, new in itertools.pairwise(versions):
+        assert 0.2 < float((old != new).float().mean()) < 0.6  # half of them, less those drawn again
 
 
 def test_an_untrained_model_is_written_as_it_was(tmp_path: Path) -> None:
