@@ -59,7 +59,6 @@ def training_text(
     tokens: int,
     *,
     journal: Path,
-    sample: bool = True,
     passes: int = MOST_PASSES,
     progress: Progress = no_progress,
 ) -> TrainingText:
@@ -70,8 +69,7 @@ def training_text(
         pieces: Windows of the text in order, all of one length (`calibrate.texts.calibration_windows`).
         tokens: To train on.
         journal: Sampled text is kept there for a run that is resumed.
-        sample: Draw what `passes` don't cover; otherwise the text is passed as often as it takes.
-        passes: Over text and samples.
+        passes: Over text and samples; what they don't cover is drawn.
         progress: In tokens sampled.
 
     Raises:
@@ -80,7 +78,7 @@ def training_text(
     training, held_out, left_out = split(pieces)
     wanted = -(-tokens // training.shape[1])
     missing = -(-wanted // passes) - len(training)
-    if not sample or missing <= 0:
+    if missing <= 0:
         return TrainingText(training, held_out, 0, left_out)
     path = journal / "sampled.safetensors"
     if path.is_file() and (kept := load_file(path)["windows"].long()).shape == (missing, training.shape[1]):

@@ -5,7 +5,7 @@ not. Writing more (`sampling.py`) takes a pass of the teacher for every token. H
 each of its tokens is, with probability `SHARE`, drawn from the teacher's prediction at that place, which training has
 asked for anyway. What comes out is drawn from again the next time, so that a window moves away from the text it began
 as, like the state of a Gibbs sampler. The teacher has an answer to any text, so it need not make sense to be learned
-from; measured against repeated and against written text in docs/healing.md.
+from; measured against repeated text and other ways of changing it in docs/healing.md.
 """
 
 from __future__ import annotations

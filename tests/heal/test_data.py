@@ -54,7 +54,7 @@ def test_what_sixteen_passes_do_not_cover_is_sampled_once_and_kept(tmp_path: Pat
     talker.calls = 0
     again = data.training_text(talker, given, 800 * 96, journal=tmp_path)
     assert talker.calls == 0 and torch.equal(again.training, more.training)
-    assert data.training_text(talker, given, 800 * 96, journal=tmp_path, sample=False).sampled == 0
+    assert data.training_text(talker, given, 800 * 96, journal=tmp_path, passes=25).sampled == 0
 
 
 @pytest.mark.parametrize(
