@@ -67,7 +67,7 @@ def check_output(output: Path, *, force: bool) -> None:
         _check_parent(output)
         return
     if not force:
-        raise UsageError(f"{output} exists", hint="Choose another folder with -o, or replace it with --force.")
+        raise UsageError(f"{output} exists", hint="Choose another folder with -o; `build --force` replaces a package.")
     if output.is_symlink() or not output.is_dir():
         raise UsageError(f"{output} is not a folder, so --force does not replace it", hint="Choose another with -o.")
     if not (output / _PACKAGE_MARK).is_file() and any(output.iterdir()):

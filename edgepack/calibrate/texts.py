@@ -183,7 +183,8 @@ def calibration_windows(
         raise InputRefused(
             f"calibration text {text.origin} has {len(tokens)} tokens, expected at least {2 * window_tokens}: two"
             f" windows of {window_tokens}",
-            hint="Give a longer text with --calibration; 100 windows and more make good importance values.",
+            hint="Give a longer text with --calibration (--data for healing); 100 windows and more make good "
+            "importance values.",
         )
     found = windows(tokens, window_tokens, limit)
     return [[before[0], *ids[1:]] for ids in found] if before else found

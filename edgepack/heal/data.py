@@ -104,7 +104,7 @@ def split(pieces: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, 
         raise InputRefused(
             f"the training text has {len(pieces)} windows of {everything.shape[-1]} tokens, expected at least "
             f"{2 * LEAST_HELD_OUT}",
-            hint="Give a longer text with --calibration.",
+            hint="Give a longer text with --calibration (--data for healing).",
         )
     known = np.unique(np.concatenate([_shingles(pieces[place]) for place in sorted(held)]))
     rest = [place for place in range(len(pieces)) if place not in held]
@@ -112,7 +112,7 @@ def split(pieces: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, 
     if not training:
         raise InputRefused(
             "the training text repeats itself: every window shares text with one that is held out",
-            hint="Give another text with --calibration.",
+            hint="Give another text with --calibration (--data for healing).",
         )
     return everything[training], everything[sorted(held)], len(rest) - len(training)
 
