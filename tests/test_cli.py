@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+
+from edgepack.cli import cli
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "models" / "tiny-llama-5m"
 
@@ -26,10 +31,13 @@ def edgepack(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 
 def test_help_answers_in_under_0_3_seconds() -> None:
+    """Of CPU time, which others on the machine hardly change; the least of five."""
+
     def once() -> float:
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert edgepack("--help").returncode == 0
-        return time.perf_counter() - started
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(once() for _ in range(5)) < 0.3
 
@@ -40,21 +48,22 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-COMMANDS = (
-    ["build"],
-    ["plan"],
-    ["validate"],
-    ["verify"],
-    ["inspect"],
-    ["compare"],
-    ["doctor"],
-    ["targets", "list"],
-    ["targets", "show"],
-    ["targets", "copy"],
-)
+def test_python_m_edgepack_is_the_command_line() -> None:
+    done = subprocess.run([sys.executable, "-m", "edgepack", "nonsense"], capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == 2
+    assert done.stderr == edgepack("nonsense").stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def commands(group: click.Group, *before: str) -> Iterator[list[str]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, *before, name)
+        else:
+            yield [*before, name]
+
+
+@pytest.mark.parametrize("command", list(commands(cli)), ids=" ".join)
 def test_every_command_has_help_that_says_what_it_does(command: list[str]) -> None:
     answer = edgepack(*command, "--help")
     assert answer.returncode == 0

@@ -26,6 +26,7 @@ from edgepack.heal.data import MOST_HELD_OUT
 from edgepack.heal.journal import Journal
 from edgepack.heal.memory import micro_batch
 from edgepack.heal.objective import Objective
+from edgepack.heal.order import Order
 from edgepack.heal.probe import timed
 from edgepack.heal.schedule import Decay, learning_rate
 from edgepack.heal.weights import FullWeights, Weights
@@ -35,8 +36,6 @@ from edgepack.worker import Progress, no_progress
 SCORING_SHARE = 0.15  # of the time of training that scoring may add
 SCORED_COST = 0.4  # time of scoring a window, in that of training on one: a pass forward, the teacher's being kept
 _PROBED = 8  # micro-batches a run has to have for its time to be worth telling before
-ALIKE = 8  # windows of similar lengths that are read together, where lengths differ
-_POOL_STEPS = 16  # whose windows are sorted by length
 _SAVING_SHARE = 0.05  # of the time that writing states may add
 
 Renewed = Callable[[torch.Tensor, int], torch.Tensor]  # training windows, number of the version -> that version
@@ -222,6 +221,7 @@ class _Run:
         self._device = next(iter(weights.masters.values())).device
         self._batch = min(settings.batch_windows, len(training))
         self._lengths = (training >= 0).sum(dim=1).tolist()
+        self._order = Order(self._lengths, self._batch, settings.seed)
         self._step_tokens = max(1, self._batch * sum(self._lengths) // len(training))
         self._steps = math.ceil(settings.tokens / self._step_tokens)
         self._every = max(1, math.ceil(self._steps / settings.evaluations))  # steps from one evaluation to the next
@@ -291,7 +291,7 @@ class _Run:
 
     def _renewing_seconds(self) -> float:
         """Time of making versions of the training windows: nothing where the teacher's answers are kept."""
-        versions = (self._steps - 1) * self._batch // len(self._training)
+        versions = self._order.passes(self._steps - 1)
         if self._renewed is None or not versions:
             return 0.0
         started = time.monotonic()
@@ -308,7 +308,7 @@ class _Run:
             decay=self._settings.decay, final=self._settings.final,
         )  # fmt: skip
         self._renew()
-        places = sorted(self._places(), key=self._lengths.__getitem__)  # little padding in each micro-batch
+        places = self._order.places(self._step)
         loss = 0.0
         for start in range(0, len(places), self._micro):
             some = places[start : start + self._micro]
@@ -331,31 +331,9 @@ class _Run:
 
     def _renew(self) -> None:
         """A version of its own of the training windows for every pass."""
-        version = self._step * self._batch // len(self._training)
+        version = self._order.passes(self._step)
         if self._renewed is not None and version > self._version:
             self._training, self._version = self._renewed(self._training, version), version
-
-    def _places(self) -> list[int]:
-        """Numbers of the windows of this step: each pass over the text has an order of its own."""
-        found: list[int] = []
-        first = self._step * self._batch
-        for number in range(first // len(self._training), (first + self._batch - 1) // len(self._training) + 1):
-            generator = torch.Generator().manual_seed(self._settings.seed + number)
-            order = self._alike(torch.randperm(len(self._training), generator=generator).tolist(), generator)
-            start = number * len(self._training)
-            found += order[max(0, first - start) : first + self._batch - start]
-        return found
-
-    def _alike(self, order: list[int], generator: torch.Generator) -> list[int]:
-        """Windows of similar lengths side by side, so that little of a micro-batch is padding; steps stay mixed."""
-        if len(set(self._lengths)) == 1:
-            return order
-        found: list[int] = []
-        for start in range(0, len(order), _POOL_STEPS * self._batch):
-            pool = sorted(order[start : start + _POOL_STEPS * self._batch], key=self._lengths.__getitem__)
-            groups = [pool[first : first + ALIKE] for first in range(0, len(pool), ALIKE)]
-            found += [place for number in torch.randperm(len(groups), generator=generator) for place in groups[number]]
-        return found
 
     def _evaluate(self, note: dict[str, float]) -> None:
         """Score the student and keep its masters if none were better."""

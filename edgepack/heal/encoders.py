@@ -19,12 +19,13 @@ from edgepack.calibrate.texts import calibration_text
 from edgepack.checkpoint import Checkpoint, open_checkpoint
 from edgepack.errors import InputRefused, StepError
 from edgepack.heal.device import best_device
-from edgepack.heal.distill import ALIKE, SCORED_COST, SCORING_SHARE, Settings, distill
+from edgepack.heal.distill import SCORED_COST, SCORING_SHARE, Settings, distill
 from edgepack.heal.encoder_evaluation import Evaluation
 from edgepack.heal.encoder_model import Encoder, layer_parameters, load
 from edgepack.heal.encoder_objective import TowardsEncoder
 from edgepack.heal.encoder_rows import LONGEST, Rows, encoder_rows
 from edgepack.heal.encoder_teacher import Teacher, kept_bytes
+from edgepack.heal.order import ALIKE
 from edgepack.heal.written import write_model
 from edgepack.prune.folder import read_sidecar, write_sidecar
 from edgepack.text import read_text, text_sha256

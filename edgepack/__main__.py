@@ -1,0 +1,5 @@
+"""`python -m edgepack`: the command line, for where the script is not on the path."""
+
+from edgepack.cli import main
+
+main()
