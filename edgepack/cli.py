@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from edgepack import console
-from edgepack.errors import BudgetError, EdgepackError, StepError, UsageError
-from edgepack.interrupts import Terminated, termination_raises
+from edgepack.command_options import listed, sized, with_calibration, with_text
+from edgepack.errors import BudgetError, UsageError
+from edgepack.exits import run
 
 if TYPE_CHECKING:
     from edgepack.events import Listener
@@ -131,7 +129,7 @@ def build(
     """
     from edgepack import pipeline, render
 
-    overrides, quantize = _with_text(overrides, calibration, refine), _sized(quantize, size, bpw)
+    overrides, quantize = with_text(overrides, calibration, refine), sized(quantize, size, bpw)
     if dry_run and (auto or any(word is not None for word in (pruning, healing, draft))):
         hint = "Prune with `edgepack prune MODEL -o DIR`, then `edgepack plan DIR`."
         raise UsageError("--dry-run can't say what pruning would choose without doing it", hint=hint)
@@ -187,8 +185,8 @@ def plan(
         model,
         target,
         format=format,
-        quantize=_sized(quantize, size, bpw),
-        overrides=_with_text(overrides, calibration, refine),
+        quantize=sized(quantize, size, bpw),
+        overrides=with_text(overrides, calibration, refine),
     )
     _show_plan(made.as_json(), as_json)
 
@@ -357,8 +355,8 @@ def frontier(
 
     with _steps(quiet, verbose) as listener:
         folder, document = pipeline.frontier(
-            model, target, output, sizes=_listed(sizes), presets=None if presets is None else _listed(presets),
-            overrides=_with_calibration(overrides, calibration), evaluation=evaluation, listener=listener,
+            model, target, output, sizes=listed(sizes), presets=None if presets is None else listed(presets),
+            overrides=with_calibration(overrides, calibration), evaluation=evaluation, listener=listener,
         )  # fmt: skip
     if as_json:
         console.emit_json(document)
@@ -392,7 +390,7 @@ def imatrix(
     """
     from edgepack import pipeline
 
-    overrides = _with_calibration((), calibration)
+    overrides = with_calibration((), calibration)
     overrides += (f"quantize.calibration_windows={windows}",) if windows else ()
     with _steps(quiet, verbose) as listener:
         written = pipeline.imatrix(model, output, overrides=overrides, force=force, listener=listener)
@@ -524,10 +522,6 @@ def heal(
         console.emit_text(f"{command.in_words(document)}\nmodel:   {folder}")
 
 
-def _listed(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip() and part.strip() != "none"]
-
-
 @cli.group(epilog=DOCS)
 def targets() -> None:
     """List the device profiles, show one, or copy one to edit."""
@@ -589,73 +583,7 @@ def doctor(as_json: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status: the entry point of the `edgepack` script."""
-    raise SystemExit(run(list(sys.argv[1:] if argv is None else argv)))
-
-
-def run(argv: list[str]) -> int:
-    """Run one command; every error becomes one line on stderr (and a document on stdout with `--json`).
-
-    Args:
-        argv: Arguments without the program name.
-
-    Returns:
-        The exit status.
-    """
-    console.accept_any_text()
-    as_json = "--json" in argv
-    debug = bool(os.environ.get("EDGEPACK_DEBUG"))
-    try:
-        with termination_raises():
-            status = cli.main(args=argv, prog_name="edgepack", standalone_mode=False)
-        return status if isinstance(status, int) else 0
-    except SystemExit as stop:
-        return int(stop.code or 0) if not isinstance(stop.code, str) else 1
-    except click.exceptions.NoArgsIsHelpError as error:
-        console.emit_note(error.ctx.get_help())
-        return UsageError.exit_code
-    except click.ClickException as error:
-        return _fail(_usage_error(error), as_json)
-    except EdgepackError as error:
-        if debug:
-            raise
-        return _fail(error, as_json)
-    except click.Abort:  # what click makes of Ctrl-C
-        return _fail(_interrupted("interrupted"), as_json, 128 + signal.SIGINT)
-    except Terminated as stop:
-        return _fail(_interrupted("terminated"), as_json, 128 + stop.number)
-    except Exception as error:
-        if debug:
-            raise
-        return _fail(_unexpected(error), as_json)
-
-
-def _fail(error: EdgepackError, as_json: bool, status: int | None = None) -> int:
-    status = error.exit_code if status is None else status
-    console.emit_error(error, as_json=as_json, status=status)
-    return status
-
-
-def _interrupted(how: str) -> EdgepackError:
-    return EdgepackError(how, hint="Finished steps are kept: run the same command to go on.")
-
-
-def _usage_error(error: click.ClickException) -> UsageError:
-    context = getattr(error, "ctx", None)
-    hint = f"See {context.command_path} --help." if context else None
-    return UsageError(error.format_message(), hint=hint)
-
-
-def _unexpected(error: Exception) -> EdgepackError:
-    if isinstance(error, OSError):
-        from edgepack.files import storage_error
-
-        return storage_error(error)
-    if isinstance(error, MemoryError):
-        return StepError(
-            "out of memory", hint="Close other programs, or lower runtime.context and measure.windows with --set."
-        )
-    hint = "This is a defect in edgepack; run again with EDGEPACK_DEBUG=1 and report the traceback."
-    return StepError(f"{type(error).__name__}: {error}", hint=hint)
+    raise SystemExit(run(cli, list(sys.argv[1:] if argv is None else argv)))
 
 
 @contextmanager
@@ -665,43 +593,6 @@ def _steps(quiet: bool, verbose: bool) -> Iterator[Listener]:
         yield printer
     finally:
         printer.close()
-
-
-def _with_calibration(overrides: tuple[str, ...], calibration: str | None) -> tuple[str, ...]:
-    """`--calibration` as an override: an importance matrix (GGUF) or a text, told apart by the first bytes."""
-    if calibration is None:
-        return overrides
-    path = Path(calibration)
-    if not path.is_file():
-        return (*overrides, f"quantize.calibration={calibration}")
-    with path.open("rb") as file:
-        name = "imatrix" if file.read(4) == b"GGUF" else "calibration"
-    return (*overrides, f"quantize.{name}={calibration}")
-
-
-def _with_text(overrides: tuple[str, ...], calibration: str | None, refine: str | None) -> tuple[str, ...]:
-    """`--calibration` and `--refine` as overrides."""
-    from edgepack.heal.budget import parse_tokens
-
-    overrides = _with_calibration(overrides, calibration)
-    return overrides if refine is None else (*overrides, f"quantize.refine={parse_tokens(refine, '--refine')}")
-
-
-def _sized(quantize: str | None, size: str | None, bpw: float | None) -> str | None:
-    """`--size` and `--bpw` are other ways to say what to quantize to."""
-    given = [name for name, value in (("--quantize", quantize), ("--size", size), ("--bpw", bpw)) if value is not None]
-    if len(given) > 1:
-        raise UsageError(f"{given[0]} and {given[1]} say different things of one file", hint="Give one of them.")
-    if size is None and bpw is None:
-        return quantize
-    from edgepack.gguf.size import parse_size
-
-    if size is None:
-        return parse_size(f"{Decimal(str(bpw)):f}bpw").name
-    asked = parse_size(size)
-    if asked.total_bytes is None:
-        raise UsageError(f"--size {size}: expected bytes, such as 2.0GB", hint=f"Say --bpw {asked.bits_per_weight:g}.")
-    return asked.name
 
 
 def _show_plan(document: dict[str, Any], as_json: bool) -> None:
