@@ -15,6 +15,7 @@ from edgepack.errors import InputRefused, StepError
 from edgepack.events import Event, Listener, silent, step
 from edgepack.heal.budget import parse_tokens
 from edgepack.heal.means import DEFAULT_RANK, Method
+from edgepack.heal.watch import Watcher, called
 
 if TYPE_CHECKING:
     from edgepack.source import Source
@@ -139,7 +140,6 @@ def _healed(
     """Train in a worker, or take the result from the store."""
     from edgepack.calibrate.texts import resolve
     from edgepack.gguf.calibrated import digests
-    from edgepack.heal.watch import Watcher
     from edgepack.planning import is_encoder
     from edgepack.worker import run
     from edgepack.workshop import keyed, refuse_changed, sha256, stamps
@@ -192,19 +192,16 @@ def in_words(report: Mapping[str, Any]) -> str:
     """One line: what it brought, on held-out text and on the evaluation text."""
     name = str(report.get("score", "kld"))
     before, after = report["before"][name], report["after"][name]
-    called = _SCORES.get(name, name.replace("_", " "))
+    words = f"held-out {called(name)} {before:.4g}"
     if not report["best_step"]:
-        return f"held-out {called} {before:.4g}: training brought nothing, the model stays as it was"
-    words = f"held-out {called} {before:.4g} to {after:.4g} ({100 * (1 - after / before):.0f} % back)"
+        return f"{words}: training brought nothing, the model stays as it was"
+    words += f" to {after:.4g} ({100 * (1 - after / before):.0f} % back)"
     rows = [report["evaluation"][key] for key in ("before", "after")]
     if "cosine_mean" in rows[1]:
         return f"{words}; cosine {rows[0]['cosine_mean']:.4f} to {rows[1]['cosine_mean']:.4f}"
     if "perplexity" in rows[1]:
         return f"{words}; perplexity {rows[0]['perplexity']:.4g} to {rows[1]['perplexity']:.4g}"
     return words
-
-
-_SCORES = {"kld": "KLD", "cosine_distance": "1 - cosine"}
 
 
 def _source(name: str | Path, listener: Listener) -> Source:

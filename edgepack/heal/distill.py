@@ -175,6 +175,7 @@ def distill(
     journal: Path,
     weights: Weights | None = None,
     renewed: Renewed | None = None,
+    score: str = "kld",
     progress: Progress = no_progress,
 ) -> Outcome:
     """Train a student in place; it ends with the weights that scored best on held-out windows.
@@ -190,13 +191,14 @@ def distill(
         weights: What to change; None changes every parameter that asks for gradients.
         renewed: Makes another version of all training windows, of the same lengths, for every pass after the first;
             always the same one of the same windows. None repeats them.
+        score: What held-out windows are scored by, as it is named to who watches (`watch.py`).
         progress: In tokens.
 
     Raises:
         StepError: Loss or score is NaN or infinite; what did best so far stays in `journal` as best.safetensors.
     """
     masters = weights or FullWeights(student)
-    return _Run(student, objective, training, held_out, settings, journal, masters, renewed, progress).work()
+    return _Run(student, objective, training, held_out, settings, journal, masters, renewed, score, progress).work()
 
 
 class _Run:
@@ -212,11 +214,12 @@ class _Run:
         journal: Path,
         weights: Weights,
         renewed: Renewed | None,
+        score: str,
         progress: Progress,
     ) -> None:
         self._student, self._objective, self._settings = student, objective, settings
         self._training, self._held_out = training, held_out
-        self._weights, self._renewed, self._progress = weights, renewed, progress
+        self._weights, self._renewed, self._score, self._progress = weights, renewed, score, progress
         self._version = 0  # of the training windows
         self._device = next(iter(weights.masters.values())).device
         self._batch = min(settings.batch_windows, len(training))
@@ -299,7 +302,7 @@ class _Run:
         return float((time.monotonic() - started) * versions * len(self._training))
 
     def _note(self) -> None:
-        self._journal.note(self._history, self._steps, self._predicted)
+        self._journal.note(self._history, self._steps, self._predicted, self._score)
 
     def _train(self) -> dict[str, float]:
         """One step of the optimizer."""

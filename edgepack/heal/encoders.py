@@ -97,6 +97,7 @@ def heal_encoder(
     for parameter in layer_parameters(student).values():
         parameter.requires_grad_(True)
     keep = _worth_keeping(guide, rows, tokens, len(layers))
+    score = score_name(guide)
     said = Teacher(guide, rows.training, tuple(layers.values()), keep=keep)
     outcome = distill(
         student.model,
@@ -105,11 +106,11 @@ def heal_encoder(
         rows.held_out,
         settings,
         journal=Path(journal),
+        score=score,
         progress=progress,
     )
     after = measured.row(student)
     _write(made, student, Path(folder))
-    score = score_name(guide)
     return outcome.as_json(score) | {
         "score": score,
         "learning_rate": settings.learning_rate,

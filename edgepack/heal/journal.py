@@ -73,9 +73,9 @@ class Journal:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 yield name, file.get_tensor(name)
 
-    def note(self, history: list[dict[str, float]], steps: int, predicted_seconds: float | None) -> None:
+    def note(self, history: list[dict[str, float]], steps: int, predicted_seconds: float | None, score: str) -> None:
         """Write what is known so far, for people (`watch.py`)."""
-        document = {"steps": steps, "predicted_seconds": predicted_seconds, "history": history}
+        document = {"steps": steps, "predicted_seconds": predicted_seconds, "score": score, "history": history}
         write_atomic(self._folder / PROGRESS, json.dumps(document, indent=1).encode())
 
 

@@ -15,6 +15,7 @@ from edgepack.heal.cost import duration
 from edgepack.worker import Progress
 
 PROGRESS = "progress.json"
+_CALLED = {"kld": "KLD", "cosine_distance": "1 - cosine"}
 
 
 class Watcher:
@@ -52,11 +53,16 @@ class Watcher:
             self._told_time = True
         scored = [row for row in document["history"] if "held_out" in row]
         for row in scored[self._told :]:
-            self._say(in_words(row, document["steps"]))
+            self._say(in_words(row, document["steps"], document.get("score", "kld")))
         self._told = len(scored)
 
 
-def in_words(row: Mapping[str, Any], steps: int) -> str:
+def called(score: str) -> str:
+    """What reports name a score, as people call it."""
+    return _CALLED.get(score, score.replace("_", " "))
+
+
+def in_words(row: Mapping[str, Any], steps: int, score: str) -> str:
     """One evaluation."""
     loss = f"loss {row['loss']:.4g}, " if "loss" in row else ""
-    return f"step {row['step']:.0f} of {steps}: {loss}held-out KLD {row['held_out']:.4g}"
+    return f"step {row['step']:.0f} of {steps}: {loss}held-out {called(score)} {row['held_out']:.4g}"

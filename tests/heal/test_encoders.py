@@ -21,6 +21,7 @@ from edgepack.errors import InputRefused, StepError
 from edgepack.heal import encoder_evaluation, encoder_objective
 from edgepack.heal.encoders import heal_encoder, layers_taught
 from edgepack.heal.journal import BEST
+from edgepack.heal.watch import Watcher
 from edgepack.prune.folder import write_sidecar
 from edgepack.text import default_calibration_text, default_evaluation_text, sentences
 
@@ -104,6 +105,15 @@ def test_an_embedder_comes_nearer_on_unseen_text_by_the_word_of_transformers(
     rows = report["evaluation"]
     assert rows["after"]["cosine_mean"] > rows["before"]["cosine_mean"]
     assert rows["after"]["cosine_p01"] > rows["before"]["cosine_p01"]
+
+
+def test_an_embedders_run_tells_its_distances_by_their_name(embedder: tuple[Path, Path], heal: Heal) -> None:
+    healed, report = heal(embedder[1], embedder[0])
+    lines: list[str] = []
+    Watcher(healed.parent / "healed-journal", lines.append, lambda done, total: None).look()
+
+    told = [line.partition("held-out ")[2] for line in lines if "held-out" in line]
+    assert told == [f"1 - cosine {row['cosine_distance']:.4g}" for row in report["held_out"]]
 
 
 def test_only_layers_change_and_names_formats_and_files_stay(embedder: tuple[Path, Path], heal: Heal) -> None:
