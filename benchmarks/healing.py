@@ -24,7 +24,7 @@ import torch
 from convert import ROOT
 
 from edgepack.calibrate.layers import load_model
-from edgepack.calibrate.texts import CalibrationText, calibration_text, calibration_windows, resolve
+from edgepack.calibrate.texts import calibration_text, calibration_windows, evaluation_text, resolve
 from edgepack.checkpoint import open_checkpoint
 from edgepack.heal.budget import MOST_PASSES, parse_tokens
 from edgepack.heal.cost import Means, facts_of
@@ -36,7 +36,7 @@ from edgepack.heal.memory import worth_keeping
 from edgepack.heal.objective import TowardsTeacher, forward, mixed_precision
 from edgepack.prune.command import prune
 from edgepack.prune.request import Request
-from edgepack.text import default_evaluation_text, read_text, text_sha256
+from edgepack.text import default_evaluation_text
 
 
 class NextTokens(TowardsTeacher):
@@ -61,8 +61,7 @@ class Bench:
         self.text: TrainingText = training_text(
             self.teacher, pieces, self.tokens, journal=folder, passes=arguments.passes
         )
-        content = read_text(default_evaluation_text())
-        text = CalibrationText(content, text_sha256(content), "evaluation.txt")
+        text = evaluation_text(default_evaluation_text())
         windows = calibration_windows(model, text, 512, arguments.evaluation_windows)
         self.evaluation = Evaluation(self.teacher, windows)
 

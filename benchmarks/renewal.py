@@ -27,7 +27,7 @@ import torch
 from convert import ROOT
 
 from edgepack.calibrate.layers import load_model
-from edgepack.calibrate.texts import CalibrationText, calibration_text, calibration_windows
+from edgepack.calibrate.texts import calibration_text, calibration_windows, evaluation_text
 from edgepack.checkpoint import open_checkpoint
 from edgepack.heal.budget import parse_tokens
 from edgepack.heal.cost import LEAST_K, Means, facts_of
@@ -38,7 +38,7 @@ from edgepack.heal.means import WINDOW_TOKENS, peak_rate
 from edgepack.heal.objective import TowardsTeacher
 from edgepack.prune.command import prune
 from edgepack.prune.request import Request
-from edgepack.text import default_evaluation_text, read_text, text_sha256
+from edgepack.text import default_evaluation_text
 
 REPLACED = 0.1
 WAYS = ("repeated", "recut", "random", "original", "renewed", "back2", "back4")
@@ -99,8 +99,7 @@ class Bench:
         training, self._held_out, _ = split(everything)
         order = torch.randperm(len(training), generator=torch.Generator().manual_seed(1))
         self.training = training[order[: arguments.windows]]
-        content = read_text(default_evaluation_text())
-        text = CalibrationText(content, text_sha256(content), "evaluation.txt")
+        text = evaluation_text(default_evaluation_text())
         self._evaluation = Evaluation(self._teacher, calibration_windows(model, text, WINDOW_TOKENS, 40))
 
     def row(self, name: str) -> str:

@@ -31,6 +31,7 @@ __all__ = [
     "Located",
     "calibration_text",
     "calibration_windows",
+    "evaluation_text",
     "refuse_overlap",
     "resolve",
     "unlike",
@@ -151,6 +152,16 @@ def calibration_text(
     text = _joined([content for _, content in documents], iter(rendered_chats(source, chats)) if chats else iter(()))
     names = tuple(name for name, _ in located.files)
     return CalibrationText(text, text_sha256(text), located.origin, names, bool(chats))
+
+
+def evaluation_text(path: Path) -> CalibrationText:
+    """A plain text file to measure on, in the form windows are cut from.
+
+    Raises:
+        InputRefused: It is no text.
+    """
+    content = read_text(path)
+    return CalibrationText(content, text_sha256(content), path.name)
 
 
 def calibration_windows(

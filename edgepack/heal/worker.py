@@ -18,7 +18,7 @@ import torch
 
 from edgepack.calibrate.layers import load_model
 from edgepack.calibrate.overlap import refuse_overlap
-from edgepack.calibrate.texts import CalibrationText, calibration_text, calibration_windows
+from edgepack.calibrate.texts import CalibrationText, calibration_text, calibration_windows, evaluation_text
 from edgepack.checkpoint import open_checkpoint
 from edgepack.errors import InputRefused, UsageError
 from edgepack.heal.cost import Facts, Means, facts_of, kept_bytes, memory_bytes
@@ -227,8 +227,7 @@ def _predicted_bytes(pair: _Pair, means: Means, machine: Machine, windows: int) 
 
 
 def _evaluation_windows(pair: _Pair, evaluation: str) -> list[list[int]]:
-    content = read_text(evaluation)
-    text = CalibrationText(content, text_sha256(content), Path(evaluation).name)
+    text = evaluation_text(Path(evaluation))
     return [list(ids) for ids in calibration_windows(pair.teacher, text, pair.window, WINDOWS)]
 
 

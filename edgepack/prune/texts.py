@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from edgepack.calibrate.overlap import refuse_overlap
-from edgepack.calibrate.texts import CalibrationText, calibration_text, calibration_windows
+from edgepack.calibrate.texts import CalibrationText, calibration_text, calibration_windows, evaluation_text
 from edgepack.checkpoint import Checkpoint
 from edgepack.gguf.pooling import read_pooling
 from edgepack.prune.anatomy import generates
 from edgepack.prune.running import POOLINGS, Batch
-from edgepack.text import read_text, sentences, text_sha256
+from edgepack.text import sentences
 
 # Positions with less context are not scored while choosing: their predictions are those of a model that knows nothing.
 FIRST_SCORED = 32
@@ -109,9 +109,8 @@ def texts_of(
         InputRefused: A text is none, too short, or both overlap.
     """
     choosing = calibration_text(calibration, checkpoint.path)
-    content = read_text(evaluation)
-    refuse_overlap(choosing.text, content)
-    measuring = CalibrationText(content, text_sha256(content), evaluation.name)
+    measuring = evaluation_text(evaluation)
+    refuse_overlap(choosing.text, measuring.text)
     config = checkpoint.config
     longest = config.get("max_position_embeddings") or config.get("n_positions") or window_tokens
     pooling = None if generates(checkpoint) else _pooling(checkpoint)
