@@ -17,6 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgepack.figures import significant
+
 if TYPE_CHECKING:
     from edgepack.gguf.convert import Layout
     from edgepack.gguf.model import ModelSpec
@@ -163,4 +165,4 @@ def decode_rate(read_bytes: float, kv_bytes: float, layers: int, device: Device)
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.3g}")
+    return None if value is None else significant(value, 3)

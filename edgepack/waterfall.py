@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from edgepack.figures import significant
 from edgepack.predict import decode_rate
 from edgepack.preparing import Prepared
 from edgepack.targets import Target
@@ -97,4 +98,4 @@ def _rate(row: Mapping[str, Any], target: Target, kv_bytes: float, artifact: flo
 
 
 def _predicted(rate: float | None) -> dict[str, float]:
-    return {} if rate is None else {"predicted_decode_tokens_per_s": float(f"{rate:.3g}")}
+    return {} if rate is None else {"predicted_decode_tokens_per_s": significant(rate, 3)}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgepack.auto import expect
 from edgepack.auto.variants import WHOLE, Variant
+from edgepack.figures import significant
 
 if TYPE_CHECKING:
     from edgepack.measurement import Measurement
@@ -93,4 +94,4 @@ _SHOWN = ("mean_kld", "perplexity", "top1_agreement", "ttft_ms_p90", "decode_tok
 
 
 def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+    return None if value is None else significant(value, 4)

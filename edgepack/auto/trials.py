@@ -16,6 +16,7 @@ from edgepack.auto.parts import Parts
 from edgepack.auto.variants import WHOLE, Variant, shrunk, variants
 from edgepack.errors import BudgetError, InputRefused, UsageError
 from edgepack.events import step
+from edgepack.figures import significant
 from edgepack.preparing import Prepared, Wish, prepare, untouched
 
 if TYPE_CHECKING:
@@ -322,7 +323,7 @@ def affordable_tokens(parameters: int, cores: int) -> int | None:
     tokens = min(_MOST_TOKENS, AUTO_SECONDS * cores * CORE_FLOPS / operations)
     if tokens < _LEAST_USEFUL_TOKENS:
         return None
-    return int(float(f"{tokens:.1g}"))
+    return int(significant(tokens, 1))
 
 
 # Two million tokens are where the study's models had most of what they got back; below some tens of thousands training

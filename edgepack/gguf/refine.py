@@ -22,6 +22,7 @@ from edgepack.calibrate.layers import Matrix, load_model, matrices, row_order
 from edgepack.calibrate.overlap import refuse_overlap
 from edgepack.calibrate.texts import calibration_text, calibration_windows
 from edgepack.errors import InputRefused, UsageError
+from edgepack.figures import significant
 from edgepack.gguf import blocks
 from edgepack.gguf.file import GgufFile, TensorEntry, read_gguf_shards
 from edgepack.gguf.grid import GridMatrix, GridWeights
@@ -126,7 +127,7 @@ def refine(
 def rate_for(bits_per_weight: float) -> float:
     """The peak learning rate for weights of so many bits."""
     bits, logs = zip(*((bits, math.log(rate)) for bits, rate in RATES), strict=True)
-    return float(f"{math.exp(np.interp(bits_per_weight, bits, logs)):.3g}")
+    return significant(math.exp(np.interp(bits_per_weight, bits, logs)), 3)
 
 
 def _on_grid(

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgepack.calibrate.moments import Moments
+from edgepack.figures import significant
 from edgepack.gguf.blocks import SCALAR
 from edgepack.gguf.feedback import quantize_rows_with_feedback
 from edgepack.gguf.types import GgmlType
@@ -47,6 +48,6 @@ class FeedbackEncoder:
     def saved(self) -> dict[str, float]:
         """Tensor -> its d H d^T over that of ggml's bytes."""
         return {
-            name: float(f"{after / before:.3g}") if before > 0 else 1.0
+            name: significant(after / before, 3) if before > 0 else 1.0
             for name, (before, after) in sorted(self._errors.items())
         }

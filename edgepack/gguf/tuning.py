@@ -17,6 +17,7 @@ import numpy as np
 
 from edgepack.allocate import Option, allocate, total_cost
 from edgepack.errors import BudgetError, StepError
+from edgepack.figures import significant
 from edgepack.gguf.file import Metadata, pad
 from edgepack.gguf.ggml import ABORTS_WITHOUT_IMATRIX
 from edgepack.gguf.imatrix import Imatrix
@@ -53,7 +54,7 @@ class Allocation:
         return {
             "types": dict(self.types),
             "base": self.base,
-            "predicted_kld": float(f"{self.predicted_kld:.4g}"),
+            "predicted_kld": significant(self.predicted_kld, 4),
             "runner_up": dict(self.runner_up) if self.runner_up else None,
         }
 
@@ -229,7 +230,7 @@ def _priced(name: str, layout: Layout, costs: Mapping[str, Mapping[str, float]])
         if price is None:
             return None
         total += price
-    return {"quantize": name, "artifact_bytes": layout.total_bytes, "predicted_kld": float(f"{total:.4g}")}
+    return {"quantize": name, "artifact_bytes": layout.total_bytes, "predicted_kld": significant(total, 4)}
 
 
 def _cost(costs: Mapping[str, Mapping[str, float]], name: str, kind: str) -> float:

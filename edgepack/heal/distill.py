@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from edgepack.errors import StepError
+from edgepack.figures import significant
 from edgepack.heal.data import MOST_HELD_OUT
 from edgepack.heal.journal import Journal
 from edgepack.heal.memory import micro_batch
@@ -153,7 +154,7 @@ class Outcome:
             "after": _estimate(after, score),
             "difference": _estimate(after - before, score),
             "held_out": [
-                {"step": int(row["step"]), score: float(f"{row['held_out']:.6g}")}
+                {"step": int(row["step"]), score: significant(row["held_out"])}
                 for row in self.history
                 if "held_out" in row
             ],
@@ -162,7 +163,7 @@ class Outcome:
 
 def _estimate(samples: Any, score: str) -> dict[str, Any]:
     found = bootstrap.mean(samples)
-    return {score: float(f"{found.value:.6g}"), "ci95": found.ci95 and [float(f"{end:.6g}") for end in found.ci95]}
+    return {score: significant(found.value), "ci95": found.ci95 and [significant(end) for end in found.ci95]}
 
 
 def distill(

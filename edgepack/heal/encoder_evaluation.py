@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from edgepack.checkpoint import Checkpoint
+from edgepack.figures import significant
 from edgepack.heal.encoder_model import Encoder
 from edgepack.measure.encoder_fidelity import Outputs, estimates, reduced
 from edgepack.measure.encoder_samples import Sample, text_samples
@@ -53,9 +54,9 @@ class Evaluation:
             for sample, theirs in zip(self._samples, self._expected, strict=True)
         ]
         found = estimates(task, single, results)
-        row: dict[str, Any] = {name: float(f"{estimate.value:.6g}") for name, (estimate, _) in found.items()}
+        row: dict[str, Any] = {name: significant(estimate.value) for name, (estimate, _) in found.items()}
         first, _ = next(iter(found.values()))
-        return row | {"ci95": first.ci95 and [float(f"{end:.6g}") for end in first.ci95], "samples": len(results)}
+        return row | {"ci95": first.ci95 and [significant(end) for end in first.ci95], "samples": len(results)}
 
 
 def _outputs(encoder: Encoder, sample: Sample) -> Outputs:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from edgepack.figures import significant
 from edgepack.prune.evidence import Stage, measure
 from edgepack.prune.running import Batch, Running
 
@@ -68,4 +69,4 @@ def recovered(teacher: Mapping[str, Any], before: Mapping[str, Any], after: Mapp
 
 
 def _share(back: float, lost: float) -> float | None:
-    return float(f"{back / lost:.4g}") if lost else None
+    return significant(back / lost, 4) if lost else None

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from edgepack.figures import significant
 from edgepack.files import storage_errors, write_atomic
 from edgepack.heal.watch import PROGRESS
 
@@ -74,8 +75,9 @@ class Journal:
                 yield name, file.get_tensor(name)
 
     def note(self, history: list[dict[str, float]], steps: int, predicted_seconds: float | None, score: str) -> None:
-        """Write what is known so far, for people (`watch.py`)."""
-        document = {"steps": steps, "predicted_seconds": predicted_seconds, "score": score, "history": history}
+        """Write what is known so far, for people (`watch.py`): scores as the report will state them."""
+        rows = [row | {"held_out": significant(row["held_out"])} if "held_out" in row else row for row in history]
+        document = {"steps": steps, "predicted_seconds": predicted_seconds, "score": score, "history": rows}
         write_atomic(self._folder / PROGRESS, json.dumps(document, indent=1).encode())
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 from edgepack.checkpoint import Checkpoint
 from edgepack.errors import StepError, UsageError
+from edgepack.figures import significant
 from edgepack.heal.cost import (
     TEACHER_SHARE,
     Cost,
@@ -162,7 +163,7 @@ def peak_rate(means: Means, student: Facts) -> float:
         student: What is trained.
     """
     rate = min(_MOST_RATE, _RATE_BY_WIDTH / student.hidden) * (_LORA_FACTOR if means.method == "lora" else 1)
-    return float(f"{rate:.2g}")
+    return significant(rate, 2)
 
 
 def ways(teacher: Facts, machine: Machine, rank: int) -> Iterator[Means]:

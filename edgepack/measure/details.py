@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgepack.figures import significant
 from edgepack.measure.divergence import Floats, Scores
 
 SCHEMA_VERSION = 1
@@ -164,4 +165,4 @@ def alone(piece: bytes) -> str:
 
 
 def _rounded(values: Sequence[float] | Array) -> list[float]:
-    return [float(f"{value:.{_DIGITS}g}") for value in values]
+    return [significant(value, _DIGITS) for value in values]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgepack.errors import InputRefused
+from edgepack.figures import significant
 from edgepack.measure import bootstrap
 from edgepack.measure.draft_worth import Elsewhere
 from edgepack.measure.drafted_answer import Answer, alone, together
@@ -269,4 +270,4 @@ def _estimate(found: bootstrap.Estimate) -> dict[str, Any]:
 
 
 def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")
+    return significant(value, 5)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from edgepack.figures import significant
 from edgepack.prune.likeness import Reference
 from edgepack.prune.request import Method
 from edgepack.prune.running import Running
@@ -146,7 +147,7 @@ def _named(layers: tuple[int, ...]) -> str:
 
 
 def _round(value: float) -> float:
-    return float(f"{value:.6g}")
+    return significant(value)
 
 
 def set_distance(running: Running, references: Sequence[Reference], gone: Sequence[int]) -> float:

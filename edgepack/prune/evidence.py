@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgepack.figures import significant
 from edgepack.measure import bootstrap
 from edgepack.prune.anatomy import Anatomy
 from edgepack.prune.cut import Piece
@@ -82,7 +83,7 @@ def _table(parts: Sequence[torch.Tensor]) -> Any:
 
 
 def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.6g}")
+    return None if value is None else significant(value)
 
 
 def _ends(ends: Sequence[float] | None) -> list[float | None] | None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
+from edgepack.figures import significant
 from edgepack.prune.anatomy import Anatomy, Sizes
 from edgepack.prune.cut import query_width, spread
 from edgepack.prune.running import Running
@@ -32,7 +33,7 @@ def choose_groups(statistics: Statistics, count: int) -> tuple[dict[int, tuple[i
     kept, scores = {}, {}
     for number, values in sorted(statistics.heads.items()):
         kept[number] = tuple(sorted(torch.argsort(values, descending=True, stable=True)[:count].tolist()))
-        scores[str(number)] = [float(f"{value:.6g}") for value in values.tolist()]
+        scores[str(number)] = [significant(value) for value in values.tolist()]
     return kept, scores
 
 

@@ -20,6 +20,7 @@ import torch
 from edgepack.checkpoint import Checkpoint, open_checkpoint
 from edgepack.conform.tokens import load_tokenizer, open_reference
 from edgepack.errors import InputRefused
+from edgepack.figures import significant
 from edgepack.prune import depth, heads, width
 from edgepack.prune.anatomy import Anatomy, Sizes, find_anatomy, sizes_of
 from edgepack.prune.cost import kept_windows
@@ -281,7 +282,7 @@ def _bits_per_byte(running: Running, folder: Path, texts: Texts) -> float:
     if tokenizer.decode is None:
         raise InputRefused(f"{folder.name}: its tokenizer can't turn ids into text")
     nbytes = sum(len(tokenizer.decode(aim.tolist()).encode()) for aim in targets)
-    return float(f"{nats / math.log(2) / nbytes:.5g}")
+    return significant(nats / math.log(2) / nbytes, 5)
 
 
 def _size(work: _Work, cut: Cut, texts: Texts) -> dict[str, int]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
+from edgepack.figures import significant
 from edgepack.prune.anatomy import Anatomy
 from edgepack.prune.running import Running
 from edgepack.prune.statistics import Statistics
@@ -42,7 +43,7 @@ def choose_neurons(
         best = torch.argsort(scores, descending=True, stable=True)[:width]
         kept[number] = tuple(sorted(best.tolist()))
         energy = scores.square()
-        lost[str(number)] = float(f"{1 - (energy[best].sum() / energy.sum()).item():.4g}")
+        lost[str(number)] = significant(1 - (energy[best].sum() / energy.sum()).item(), 4)
     return kept, lost
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edgepack.figures import significant
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -45,7 +47,7 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
         if last - first < most:
             break
-    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
+    return [significant(index * step, 12) for index in range(first, last + 1)]
 
 
 def _log_ticks(low: float, high: float, most: int) -> list[float]:

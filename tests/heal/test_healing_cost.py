@@ -12,6 +12,8 @@ import torch
 
 from edgepack.checkpoint import open_checkpoint
 from edgepack.heal.cost import Cost, Facts, Means, facts_of, memory_bytes, training_seconds
+from edgepack.heal.distill import Outcome
+from edgepack.heal.journal import Journal
 from edgepack.heal.means import Machine, predict
 from edgepack.heal.probe import Pace, timed
 from edgepack.heal.watch import Watcher
@@ -153,6 +155,18 @@ def test_what_a_run_notes_down_is_told_once_and_in_words(healed: tuple[dict[str,
     scored = [f"step {row['step']} of {report['steps']}" for row in report["held_out"]]
     assert [line.split(":")[0] for line in lines[1:]] == scored
     assert "loss" not in lines[1] and all("held-out KLD" in line for line in lines[1:])
+
+
+def test_a_score_is_told_as_the_digits_of_the_reported_one(tmp_path: Path) -> None:
+    score = 0.0231250004  # 0.02313 in four digits; 0.02312 by way of the report's six
+    history = [{"step": 0.0, "held_out": score}, {"step": 1.0, "loss": 1.0, "learning_rate": 0.1, "held_out": score}]
+    Journal(tmp_path, "a run").note(history, 1, None, "kld")
+    outcome = Outcome(steps=1, tokens=8, best_step=0, before=(score,), after=(score,), history=tuple(history))
+    lines: list[str] = []
+    Watcher(tmp_path, lines.append, lambda done, total: None).look()
+    reported = outcome.as_json()["held_out"]
+    assert [row["kld"] for row in reported] == [0.023125, 0.023125]
+    assert [line.rpartition("held-out ")[2] for line in lines] == [f"KLD {row['kld']:.4g}" for row in reported]
 
 
 def test_a_journal_that_is_not_there_yet_is_no_news(tmp_path: Path) -> None:
