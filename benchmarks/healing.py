@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How much healing brings back: by KL divergence from the teacher, and by plain cross-entropy on the same text.
 
-    benchmarks/healing.py [CHECKPOINT] --tokens 200k [--depth 2] [--ffn 1024] [--folder DIR]
+    benchmarks/healing.py [CHECKPOINT] --tokens 200k [--depth 2] [--ffn 1024] [--refit] [--folder DIR]
 
 The checkpoint is pruned (two ways where --ffn is given), and each pruned model is trained on the same windows in the
 same order: renewed between passes for KL divergence, as `edgepack heal` does, as they are for cross-entropy. Held-out
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="200k")
     parser.add_argument("--depth", type=int, default=2, help="layers to drop; 0 leaves that out")
     parser.add_argument("--ffn", type=int, help="neurons that stay, for a second pruned model")
+    parser.add_argument("--refit", action="store_true", help="what stays makes up for what went before training")
     parser.add_argument("--no-cross-entropy", action="store_true", help="by KL divergence only")
     parser.add_argument("--no-renewal", action="store_true", help="repeat the text in every pass as it is")
     parser.add_argument("--passes", type=int, default=MOST_PASSES, help="over the text, before the teacher writes more")
@@ -132,8 +133,14 @@ def main() -> None:
             "| log-likelihood back | best step | tokens/s | CPU s |"
         )
         print("|---|" + "---|" * 11)
-        requests = [(f"depth={arguments.depth}", Request(depth=arguments.depth))] if arguments.depth else []
-        requests += [(f"ffn={arguments.ffn}", Request(ffn=arguments.ffn))] if arguments.ffn else []
+        requests = (
+            [(f"depth={arguments.depth}", Request(depth=arguments.depth, refit=arguments.refit))]
+            if arguments.depth
+            else []
+        )
+        requests += (
+            [(f"ffn={arguments.ffn}", Request(ffn=arguments.ffn, refit=arguments.refit))] if arguments.ffn else []
+        )
         for name, request in requests:
             student = bench.pruned(name, request)
             bench.healed(f"{name}, KL", student, TowardsTeacher, arguments.learning_rate)

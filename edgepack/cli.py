@@ -414,6 +414,7 @@ def imatrix(
 @click.option("--kv-heads", type=int, metavar="N", help="Key-value heads that stay, with their query heads.")
 @click.option("--vocabulary", multiple=True, metavar="FILE", help="Keep the tokens of this text; may be repeated.")
 @click.option("--sparsity", metavar="PATTERN", help="wanda:0.5, magnitude:0.5 or 2:4; makes nothing smaller.")
+@click.option("--refit", is_flag=True, help="Matrices that stay make up for what goes, by least squares on text.")
 @click.option("--calibration", metavar="FILE|FOLDER|hub:NAME", help="Text to choose on.  [default: the one that ships]")
 @click.option("--windows", type=click.IntRange(min=2), help="Windows of it.  [default: 16]")
 @_evaluation
@@ -430,6 +431,7 @@ def prune(
     kv_heads: int | None,
     vocabulary: tuple[str, ...],
     sparsity: str | None,
+    refit: bool,
     calibration: str | None,
     windows: int | None,
     evaluation: Path | None,
@@ -450,8 +452,9 @@ def prune(
     from edgepack.prune.request import make
 
     request = make(
-        depth=depth, layers=layers, method=method, ffn=ffn, kv_heads=kv_heads, vocabulary=vocabulary, sparsity=sparsity
-    )
+        depth=depth, layers=layers, method=method, ffn=ffn, kv_heads=kv_heads, vocabulary=vocabulary,
+        sparsity=sparsity, refit=refit,
+    )  # fmt: skip
     with _steps(quiet, verbose) as listener:
         folder, document = command.prune(
             model, output, request, calibration=calibration, evaluation=evaluation,

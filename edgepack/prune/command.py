@@ -224,6 +224,9 @@ def in_words(report: dict[str, Any]) -> str:
             words.append(gone["pattern"])
         else:
             words.append(f"{name.replace('_', ' ')} {gone['from']:,} to {gone['to']:,}")
+    refit = report["scores"].get("refit")
+    if refit is not None:
+        words.append("refit" if refit["kept"] else "not refit, which would be worse on held-out text")
     before, last = report["before"], report["steps"][-1]
     words.append(f"{before['bytes'] / 1e6:,.1f} to {last['bytes'] / 1e6:,.1f} MB")
     if "cosine_mean" in last:

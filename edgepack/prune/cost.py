@@ -13,6 +13,12 @@ REFERENCE_BYTES = 1 << 30
 _BASE_BYTES = 430 << 20
 # Copies of the logits of one window in use at once: logits, log-probabilities of both models, what is compared.
 _LOGIT_COPIES = 5
+# Sums of refit held at once; layers beyond it are gathered afterwards, from where the first ones ended.
+SUMS_BYTES = 1 << 30
+# What refit reads, and the part of it that the result is tried on: 25 positions for each neuron of ref-llama-37m. With a
+# fifth of that a refit brings half as much.
+REFIT_WINDOWS, REFIT_SENTENCES, REFIT_HELD = 72, 2048, 1 / 9
+_SENTENCES_A_PASS = 16  # of about 32 tokens: as long as a window
 # Operations per second and core that transformers reaches in float32 (docs/allocation.md): good for minutes or hours.
 _CORE_FLOPS = 30e9
 
@@ -78,11 +84,25 @@ def cost(
     scored = windows * (request.depth > 0 and request.method != "greedy")
     gathered = windows * (request.ffn is not None or request.kv_heads is not None or request.sparsity is not None)
     asked = (request.depth or request.layers, request.ffn, request.kv_heads, request.vocabulary, request.sparsity)
-    steps = sum(map(bool, asked))
+    steps = sum(map(bool, asked)) + request.refit
     passes = (greedy if rounds else 0) + scored + gathered + evaluation_windows * (1 + steps)
+    refitted = (REFIT_WINDOWS if generates else REFIT_SENTENCES // _SENTENCES_A_PASS) if request.refit else 0
+    passes += refitted * (1 + 2 * REFIT_HELD)
     logits = 4 * tokens * sizes.vocabulary if generates else 0
     references = windows * logits if rounds else 0
     states = 4 * tokens * hidden * (sizes.layers + 1)
     choosing, measuring = references + states + 3 * logits, 4 * parameters + _LOGIT_COPIES * logits
-    memory = _BASE_BYTES + 4 * parameters + max(choosing, measuring)
+    fitting, matrices = _refit_bytes(request, sizes, hidden, refitted * tokens) if request.refit else (0, 0)
+    memory = _BASE_BYTES + 4 * parameters + max(choosing, matrices + max(fitting, 3 * logits), matrices + measuring)
     return Cost(passes, passes * tokens * 2 * parameters / (_CORE_FLOPS * cores), memory)
+
+
+def _refit_bytes(request: Request, sizes: Sizes, hidden: int, positions: int) -> tuple[int, int]:
+    """What fitting takes while it runs, and the matrices that it leaves."""
+    narrowed = request.ffn is not None
+    layers = sizes.layers if narrowed else min(sizes.layers, request.depth or len(request.layers))
+    sums = 4 * sizes.ffn * (sizes.ffn + hidden)
+    solving = 2 * 8 * sizes.ffn**2  # what is solved, and its factor, in double precision
+    fitting = max(sums, min(layers * sums, SUMS_BYTES)) + solving + 4 * positions * hidden
+    heads = sizes.layers * sizes.heads * sizes.head if request.kv_heads is not None else 0
+    return fitting, 4 * hidden * (layers * (request.ffn or sizes.ffn) + heads)

@@ -1,6 +1,6 @@
 """What a user asks to have left out, from the command line or `--prune`, checked against a model's headers.
 
-    depth=2,method=greedy,ffn=1024,kv-heads=2,vocabulary=FILE,sparsity=wanda:0.5    or    layers=3+7
+    depth=2,method=greedy,ffn=1024,kv-heads=2,refit,vocabulary=FILE,sparsity=wanda:0.5    or    layers=3+7
 
 Everything that can be refused is refused here, before a weight is read. Knows nothing of scores.
 """
@@ -22,6 +22,7 @@ Criterion = Literal["magnitude", "wanda"]
 # Weights per superblock of llama.cpp's k-quants, and per block of its older types (ggml-common.h: QK_K, QK8_0).
 SUPERBLOCK, BLOCK = 256, 32
 _KEYS = ("depth", "layers", "method", "ffn", "kv-heads", "vocabulary", "sparsity")
+_REFIT = "refit"  # without a value
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Request:
         kv_heads: Key-value heads that stay in every layer, with their query heads.
         vocabulary: Texts (files, folders, `hub:` names) whose tokens stay.
         sparsity: Single weights.
+        refit: Matrices that stay make up for what went.
     """
 
     depth: int = 0
@@ -66,6 +68,7 @@ class Request:
     kv_heads: int | None = None
     vocabulary: tuple[str, ...] = ()
     sparsity: Sparsity | None = None
+    refit: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """For workers and reports; `from_json` reads it back."""
@@ -74,7 +77,7 @@ class Request:
     @property
     def empty(self) -> bool:
         """Nothing is asked for."""
-        return replace(self, method="greedy") == Request()
+        return replace(self, method="greedy", refit=False) == Request()
 
 
 def from_json(document: dict[str, Any]) -> Request:
@@ -94,7 +97,7 @@ def parse(text: str) -> Request:
     """`--prune` of a build.
 
     Args:
-        text: `key=value` pairs between commas; lists are written with `+`.
+        text: `key=value` pairs, and `refit`, between commas; lists are written with `+`.
 
     Raises:
         UsageError: Not of that form, an unknown key, or a value that is none.
@@ -103,10 +106,14 @@ def parse(text: str) -> Request:
     for part in text.split(","):
         key, equals, value = part.strip().partition("=")
         key = key.replace("_", "-")
-        if not equals or key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, 1)
+        if key == _REFIT and not equals:
+            value = key
+        elif not equals or key not in _KEYS:
+            near = difflib.get_close_matches(key, (*_KEYS, _REFIT), 1)
             hint = f"Did you mean {near[0]}?" if near else "For example: --prune depth=2,ffn=1024."
-            raise UsageError(f"--prune: {part.strip()!r}: expected KEY=VALUE with one of {', '.join(_KEYS)}", hint=hint)
+            raise UsageError(
+                f"--prune: {part.strip()!r}: expected KEY=VALUE with one of {', '.join(_KEYS)}, or {_REFIT}", hint=hint
+            )
         if key in values:
             raise UsageError(f"--prune: {key} is given twice")
         values[key] = value.strip()
@@ -118,6 +125,7 @@ def parse(text: str) -> Request:
         kv_heads=_whole(values.get("kv-heads"), "kv-heads"),
         vocabulary=tuple(name for name in values.get("vocabulary", "").split("+") if name),
         sparsity=values.get("sparsity"),
+        refit=_REFIT in values,
     )
 
 
@@ -130,6 +138,7 @@ def make(
     kv_heads: int | None = None,
     vocabulary: tuple[str, ...] = (),
     sparsity: str | None = None,
+    refit: bool = False,
 ) -> Request:
     """A request from what stands on the command line.
 
@@ -141,6 +150,7 @@ def make(
         kv_heads: Key-value heads that stay.
         vocabulary: Texts.
         sparsity: `wanda:0.5`, `magnitude:0.5`, `2:4`, `magnitude:2:4`.
+        refit: Make up for layers, neurons and heads.
 
     Raises:
         UsageError: A value that is none, or nothing is asked for.
@@ -162,11 +172,16 @@ def make(
         kv_heads,
         vocabulary,
         None if sparsity is None else _sparsity(sparsity),
+        refit,
     )
     if found.empty:
         raise UsageError(
             "nothing to prune", hint="Give at least one of depth, layers, ffn, kv-heads, vocabulary, sparsity."
         )
+    if refit and not (found.depth or numbers or ffn or kv_heads):
+        raise UsageError("refit makes up for layers, neurons and heads, and none of them go", hint="Leave refit out.")
+    if refit and sparsity is not None:
+        raise UsageError("refit would fill the zeros of sparsity", hint="Give one of them.")
     return found
 
 

@@ -110,6 +110,29 @@ class Running:
         with _replaced(changes):
             yield
 
+    def span(self, batch: Batch, start: int, stop: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        """What layer `stop` is given, or what the last layer gives: only the layers in between are computed.
+
+        Args:
+            batch: The inputs.
+            start: First layer that is computed.
+            stop: One past the last.
+            hidden: What layer `start` is given; None to begin with the embedding, at layer 0.
+        """
+        last: list[torch.Tensor] = []
+
+        def keep_last(module: Any, args: Any, output: Any) -> None:
+            last.append(output[0] if isinstance(output, tuple) else output)
+
+        known = hidden if hidden is not None else torch.empty(0)
+        handle = self.layers[-1].register_forward_hook(keep_last)
+        try:
+            with torch.no_grad(), self.resuming(start, known, range(stop, len(self.layers))):
+                self.model.base_model(**batch, **({"use_cache": False} if self.pooling is None else {}))
+        finally:
+            handle.remove()
+        return last[0]
+
     def remember(self, batch: Batch, gone: Collection[int] = ()) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Outputs of a batch, and what every layer was given; the last entry is what the last layer gave."""
         given: list[torch.Tensor] = []

@@ -1,6 +1,6 @@
 """Pruning from end to end, in a worker: choose on calibration text, write the folder, measure it on other text.
 
-    vocabulary -> depth -> ffn -> kv heads -> sparsity
+    vocabulary -> depth -> ffn -> kv heads -> refit or sparsity
 
 Choices are made on the model in memory with the earlier ones in force (a layer handed through, columns zero), which
 computes what the cut model computes; the folder is written once, and the last measurement is of the folder itself.
@@ -19,27 +19,27 @@ import torch
 
 from edgepack.checkpoint import Checkpoint, open_checkpoint
 from edgepack.conform.tokens import load_tokenizer, open_reference
-from edgepack.errors import InputRefused
+from edgepack.errors import InputRefused, UsageError
 from edgepack.figures import significant
-from edgepack.prune import depth, heads, width
+from edgepack.prune import cost, depth, heads, width
 from edgepack.prune.anatomy import Anatomy, Sizes, find_anatomy, sizes_of
-from edgepack.prune.cost import kept_windows
 from edgepack.prune.cut import Cut, pieces
 from edgepack.prune.evidence import Stage, measure, size_of
 from edgepack.prune.folder import read_sidecar, special_ids, write_folder, write_sidecar
 from edgepack.prune.likeness import Reference
+from edgepack.prune.refit import Refit, arrives, refit, targets
 from edgepack.prune.request import Request, check, from_json
 from edgepack.prune.running import Batch, Running, load
 from edgepack.prune.sparsity import Thinning, download_bytes
 from edgepack.prune.statistics import Statistics, collect
-from edgepack.prune.texts import FIRST_SCORED, Texts, texts_of
+from edgepack.prune.texts import FIRST_SCORED, SENTENCES_PER_WINDOW, Texts, texts_of
 from edgepack.prune.vocabulary import check_same_tokens, choose_tokens, used_tokens, without_tokens
 from edgepack.prune.weights import unchanged
 from edgepack.worker import Progress
 
 SCHEMA_VERSION = 1
 # Parts of the whole that scoring, statistics, writing and measuring take, for progress: rough.
-_PARTS = {"choose": 60, "statistics": 5, "write": 10, "measure": 25}
+_PARTS = {"choose": 50, "statistics": 5, "refit": 10, "write": 10, "measure": 25}
 
 
 @dataclass
@@ -113,7 +113,7 @@ def prune(
     texts = texts_of(checkpoint, calibration, Path(evaluation), windows, window_tokens, evaluation_windows)
     _vocabulary(work, vocabulary)
     full = load(checkpoint.path, generates=texts.generates)
-    most = kept_windows(windows, texts.tokens, work.sizes) if texts.generates else windows
+    most = cost.kept_windows(windows, texts.tokens, work.sizes) if texts.generates else windows
     running = _running(full, work.sizes.layers, texts.calibration(most), texts, choosing=True)
     _depth(work, running, progress)
     statistics = _statistics(work, running, progress)
@@ -121,7 +121,8 @@ def prune(
     thinning = _thinning(work, statistics)
     if thinning is not None:
         thinning.prepare(list(pieces(checkpoint, anatomy, work.sizes, work.cut)))
-    change = unchanged if thinning is None else thinning.change
+    refitted = _refit(work, full, texts, progress)
+    change = next((step.change for step in (thinning, refitted) if step is not None), unchanged)
     written = write_folder(checkpoint, work.cut, Path(folder), change=change, progress=_part(progress, "write"))
     before, after = _evidence(work, full, texts, Path(folder), progress)
     document = {
@@ -236,6 +237,58 @@ def _thinning(work: _Work, statistics: Statistics | None) -> Thinning | None:
     }  # fmt: skip
     work.take("sparsity", {"pattern": work.request.sparsity.name})
     return Thinning(work.request.sparsity, work.anatomy, inputs)
+
+
+def _refit(work: _Work, full: Any, texts: Texts, progress: Progress) -> Refit | None:
+    """Let what stays make up for what went, unless that is no better on text it was not fitted on."""
+    if not work.request.refit:
+        return None
+    count = cost.REFIT_WINDOWS if texts.generates else cost.REFIT_SENTENCES // SENTENCES_PER_WINDOW
+    batches = replace(texts, windows=max(count, texts.windows)).calibration(count)
+    held = max(1, round(cost.REFIT_HELD * len(batches)))
+    if held == len(batches):
+        raise InputRefused(f"{texts.choosing.origin}: too short to refit on and to try the result on")
+    running = _running(full, work.sizes.layers, batches[held:], texts, choosing=True)
+    share = arrives(running, work.anatomy)
+    chosen = targets(work.anatomy, work.sizes, work.cut, additive=share is not None)
+    if not chosen:
+        raise UsageError(
+            f"refit: nothing in {work.checkpoint.path.name} can make up for layers {', '.join(map(str, work.gone))}: "
+            + ("no layer is before them" if share else "its layers normalise what they add"),
+            hint="Leave refit out.",
+        )
+    dtypes = {
+        place[1:]: info.dtype
+        for name, info in work.checkpoint.tensors.items()
+        if (place := work.anatomy.place(name)) is not None
+    }
+    found = refit(running, work.anatomy, chosen, share or 1.0, dtypes, progress=_part(progress, "refit"))
+    before, after = _tried(work, found, _running(full, work.sizes.layers, batches[:held], texts, choosing=True))
+    kept = after < before
+    work.scores["refit"] = {
+        "matrices": len(found),
+        "held_out": {"before": significant(before), "after": significant(after), "batches": held},
+        "batches": len(running.batches),
+        "kept": kept,
+    }
+    if not kept:
+        return None
+    work.cuts.append(("refit", work.cut))
+    return found
+
+
+def _tried(work: _Work, found: Refit, running: Running) -> tuple[float, float]:
+    """Mean distance from the full model without and with it."""
+    before = after = positions = 0.0
+    state = _state(work, running, work.cut)
+    for batch in running.batches:
+        reference = Reference(running.outputs(batch), vectors=running.pooling is not None)
+        with state():
+            before += reference.distance(running.outputs(batch))
+            with found.applied(running):
+                after += reference.distance(running.outputs(batch))
+        positions += reference.count
+    return before / positions, after / positions
 
 
 def _running(model: Any, blocks: int, batches: Sequence[Batch], texts: Texts, *, choosing: bool) -> Running:

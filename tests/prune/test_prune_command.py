@@ -46,6 +46,20 @@ def test_a_pruned_folder_with_its_report(edgepack_command: Run, small_texts: tup
     assert before["removed"]["depth"]["layers"] == gone
 
 
+def test_refit_on_the_command_line_says_what_it_brought(
+    edgepack_command: Run, small_texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source = make("llama", tmp_path / "source")
+    answer = edgepack_command(*words(source, tmp_path / "out", small_texts, "--layers", "1", "--refit", "--json"))
+    assert answer.returncode == 0, answer.stderr
+    document = json.loads(answer.stdout)
+    assert [row["step"] for row in document["steps"]] == ["depth", "refit"] and document["scores"]["refit"]["kept"]
+    assert "without layers 1 of 4; refit;" in answer.stderr
+    refused = edgepack_command(*words(source, tmp_path / "not", small_texts, "--layers", "0", "--refit"))
+    assert refused.returncode == 2 and "no layer is before them" in refused.stderr
+    assert "Traceback" not in refused.stderr and left_in(tmp_path) == ["out", "source"]
+
+
 @pytest.mark.parametrize(
     ("more", "status", "message"),
     [

@@ -21,6 +21,7 @@ from edgepack.prune.request import make as asked
     [
         ("depth=2,ffn=1024", Request(depth=2, ffn=1024)),
         ("layers=7+3", Request(layers=(3, 7))),
+        ("depth=2, refit", Request(depth=2, refit=True)),
         ("depth=1, method=influence", Request(depth=1, method="influence")),
         ("kv_heads=2", Request(kv_heads=2)),
         ("sparsity=wanda:0.5", Request(sparsity=Sparsity("wanda", 0.5))),
@@ -50,6 +51,11 @@ def test_what_is_written_is_what_is_asked(text: str, expected: Request) -> None:
         ("sparsity=0.5", "sparsity is '0.5'", "wanda:0.5"),
         ("sparsity=wanda:1.5", "sparsity is", "2:4"),
         ("sparsity=4:2", "fewer kept", ""),
+        ("refit", "nothing to prune", ""),
+        ("refit,depth=1,refit", "given twice", ""),
+        ("refit=yes,depth=1", "expected KEY=VALUE", "Did you mean refit?"),
+        ("vocabulary=a.txt,refit", "none of them go", "Leave refit out"),
+        ("depth=1,refit,sparsity=2:4", "fill the zeros", "one of them"),
     ],
 )
 def test_what_can_not_be_asked(text: str, message: str, hint: str) -> None:
