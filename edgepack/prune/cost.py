@@ -15,8 +15,8 @@ _BASE_BYTES = 430 << 20
 _LOGIT_COPIES = 5
 # Sums of refit held at once; layers beyond it are gathered afterwards, from where the first ones ended.
 SUMS_BYTES = 1 << 30
-# What refit reads, and the part of it that the result is tried on: 25 positions for each neuron of ref-llama-37m. With a
-# fifth of that a refit brings half as much.
+# What refit reads, and the part of it that the result is tried on: 25 positions for each neuron of ref-llama-37m.
+# With a fifth of that a refit brings half as much.
 REFIT_WINDOWS, REFIT_SENTENCES, REFIT_HELD = 72, 2048, 1 / 9
 _SENTENCES_A_PASS = 16  # of about 32 tokens: as long as a window
 # Operations per second and core that transformers reaches in float32 (docs/allocation.md): good for minutes or hours.
