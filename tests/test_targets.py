@@ -8,6 +8,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from hypothesis import example, given, settings
@@ -405,32 +406,42 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
-@given(key=st.sampled_from(sorted(f"{t}.{k}" for t, c in TABLES.items() for k in keys_of(c))), value=VALUES)
-@example(key="measure.windows", value=True)
-@example(key="device.cores", value=10**400)
-def test_whatever_a_key_holds_it_is_taken_or_named(key, value):
-    """Any TOML value in any key: the value arrives unchanged, or a ProfileError names the key."""
+def checked_with(table, name, value):
+    """The minimal profile with one more value: its tables, and what is wrong with them."""
     from edgepack.target_checks import check
     from edgepack.toml_schema import Problems
 
     document = tomllib.loads(MINIMAL)
-    table, name = key.split(".")
     document.setdefault(table, {})[name] = value
-    document["sources"].setdefault(key, "test, 2026")
+    document["sources"].setdefault(f"{table}.{name}", "test, 2026")
     problems = Problems("x")
-    checked = check(document, problems)
+    return check(document, problems), problems
+
+
+@settings(max_examples=150, deadline=None)
+@given(key=st.sampled_from(sorted(f"{t}.{k}" for t, c in TABLES.items() for k in keys_of(c))), value=VALUES)
+@example(key="measure.windows", value=True)
+@example(key="quantize.feedback", value=False)
+@example(key="device.cores", value=10**400)
+def test_whatever_a_key_holds_it_is_taken_or_named(key, value):
+    """Any TOML value in any key: the value arrives unchanged, or a ProfileError names the key."""
+    table, name = key.split(".")
+    checked, problems = checked_with(table, name, value)
     if problems.found:
         assert any(name in problem for problem in problems.found)
     else:
         assert checked[table][name] == (tuple(value) if isinstance(value, list) else value)
-        assert type(value) is not bool or name in (
-            "is_this_machine",
-            "allow_nonfinite",
-            "require_on_device",
-            "fidelity",
-            "latency",
-        )
+        assert type(value) is not bool or get_type_hints(TABLES[table])[name] is bool
+
+
+@pytest.mark.parametrize("key", sorted(f"{t}.{k}" for t, c in TABLES.items() for k in keys_of(c)))
+@pytest.mark.parametrize("value", [True, False, 0, 1])
+def test_switches_take_true_and_false_and_nothing_else_does(key, value):
+    table, name = key.split(".")
+    _, problems = checked_with(table, name, value)
+    switch = get_type_hints(TABLES[table])[name] is bool
+    if switch or type(value) is bool:
+        assert any(name in problem for problem in problems.found) == (switch != (type(value) is bool))
 
 
 @settings(max_examples=200, deadline=None)
