@@ -35,7 +35,7 @@ from edgepack.heal.means import peak_rate
 from edgepack.heal.memory import worth_keeping
 from edgepack.heal.objective import TowardsTeacher, forward, mixed_precision
 from edgepack.prune.command import prune
-from edgepack.prune.request import Request
+from edgepack.prune.request import Request, parse
 from edgepack.text import default_evaluation_text
 
 
@@ -133,14 +133,9 @@ def main() -> None:
             "| log-likelihood back | best step | tokens/s | CPU s |"
         )
         print("|---|" + "---|" * 11)
-        requests = (
-            [(f"depth={arguments.depth}", Request(depth=arguments.depth, refit=arguments.refit))]
-            if arguments.depth
-            else []
-        )
-        requests += (
-            [(f"ffn={arguments.ffn}", Request(ffn=arguments.ffn, refit=arguments.refit))] if arguments.ffn else []
-        )
+        parts = {"depth": arguments.depth, "ffn": arguments.ffn}
+        refit = ",refit" if arguments.refit else ""
+        requests = [(f"{key}={count}{refit}", parse(f"{key}={count}{refit}")) for key, count in parts.items() if count]
         for name, request in requests:
             student = bench.pruned(name, request)
             bench.healed(f"{name}, KL", student, TowardsTeacher, arguments.learning_rate)

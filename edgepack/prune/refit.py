@@ -21,11 +21,12 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
+from edgepack.errors import StepError
 from edgepack.prune.anatomy import Anatomy, Sizes
 from edgepack.prune.cost import SUMS_BYTES
 from edgepack.prune.cut import Cut, Piece, query_width, spread
 from edgepack.prune.running import Batch, Running
-from edgepack.prune.width import reading_columns
+from edgepack.prune.width import changed, reading_columns
 from edgepack.worker import Progress, no_progress
 
 # Damping is 2 x inputs / positions: the less text, the more. On ref-llama-37m without 256 of 1,280 neurons, the best of
@@ -99,6 +100,9 @@ def arrives(running: Running, anatomy: Anatomy) -> float | None:
 
     1 for most decoders, Granite's `residual_multiplier`; Gemma, OLMo 2 and BERT normalise. Seen from what a small
     change at the first layer's last matrix does, so no family has to be known.
+
+    Raises:
+        StepError: NaN or infinite values in the model.
     """
     batch, module = running.batches[0], running.layers[0].get_submodule(anatomy.ffn_out)
     change: list[torch.Tensor] = []
@@ -109,6 +113,7 @@ def arrives(running: Running, anatomy: Anatomy) -> float | None:
         return output + change[0]
 
     plain = running.span(batch, 0, 1, None)
+    _refuse_nan(plain)
     handle = module.register_forward_hook(disturb)
     try:
         moved = running.span(batch, 0, 1, None) - plain
@@ -132,6 +137,9 @@ def gather(
 
     Yields:
         Every target with its sums, which belong to the receiver.
+
+    Raises:
+        StepError: NaN or infinite values in the model.
     """
     groups = _groups(running, anatomy, chosen)
     hidden: list[torch.Tensor | None] = [None] * len(running.batches)
@@ -146,6 +154,8 @@ def gather(
                 own.add(*_rows(target, seen, batch))
             done += 1
             progress(done, len(groups) * len(running.batches))
+        for own in sums:
+            _refuse_nan(own.moments)
         yield from zip(group, sums, strict=True)
         start = stop
 
@@ -163,7 +173,7 @@ def fitted(weight: torch.Tensor, target: Target, sums: Sums, share: float) -> to
         `[out, kept]`, float32.
     """
     inputs = weight.shape[1]
-    kept = torch.arange(inputs) if target.kept is None else torch.tensor(target.kept)
+    kept = _kept(weight, target)
     gone = torch.ones(inputs, dtype=torch.bool).index_fill(0, kept, False).nonzero()[:, 0]
     lost = weight[:, gone].double() @ sums.moments[gone][:, kept].double()
     if sums.cross is not None:
@@ -188,25 +198,15 @@ class Refit:
         self._anatomy, self._matrices = anatomy, matrices
         self._by_name = {(target.layer, f"{target.module}.weight"): matrix for target, matrix in matrices.items()}
 
-    def __len__(self) -> int:
-        return len(self._matrices)
-
     @contextmanager
     def applied(self, running: Running) -> Iterator[None]:
         """The full model in memory with these matrices for a while; what went is left out by others."""
-        saved = []
-        with torch.no_grad():
-            for target, matrix in self._matrices.items():
-                columns = _weight(running, self._anatomy, target)
-                kept = slice(None) if target.kept is None else torch.tensor(target.kept)
-                saved.append((columns, kept, columns[:, kept].clone()))
-                columns[:, kept] = matrix.float()
-        try:
+        changes = []
+        for target, matrix in self._matrices.items():
+            columns = _weight(running, self._anatomy, target)
+            changes.append((columns, _kept(columns, target), matrix))
+        with changed(changes):
             yield
-        finally:
-            with torch.no_grad():
-                for columns, kept, values in saved:
-                    columns[:, kept] = values
 
     def change(self, piece: Piece, first: int, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Rows of a matrix as they are to be written; a `Change` of weights.py."""
@@ -250,6 +250,15 @@ def refit(
 def _weight(running: Running, anatomy: Anatomy, target: Target) -> torch.Tensor:
     weight: torch.Tensor = running.layers[target.layer].get_submodule(target.module).weight
     return reading_columns(weight, anatomy)
+
+
+def _refuse_nan(values: torch.Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise StepError("the model's hidden states are NaN or infinite on the text")
+
+
+def _kept(weight: torch.Tensor, target: Target) -> torch.Tensor:
+    return torch.arange(weight.shape[1]) if target.kept is None else torch.tensor(target.kept)
 
 
 def _zeros(running: Running, anatomy: Anatomy, target: Target) -> Sums:

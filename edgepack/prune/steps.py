@@ -42,6 +42,9 @@ SCHEMA_VERSION = 1
 _PARTS = {"choose": 50, "statistics": 5, "refit": 10, "write": 10, "measure": 25}
 
 
+_NO_REFIT = "Leave refit out."
+
+
 @dataclass
 class _Work:
     """What the steps hand on."""
@@ -115,13 +118,14 @@ def prune(
     full = load(checkpoint.path, generates=texts.generates)
     most = cost.kept_windows(windows, texts.tokens, work.sizes) if texts.generates else windows
     running = _running(full, work.sizes.layers, texts.calibration(most), texts, choosing=True)
+    share = _arriving(work, running)
     _depth(work, running, progress)
     statistics = _statistics(work, running, progress)
     _width(work, running, statistics)
     thinning = _thinning(work, statistics)
     if thinning is not None:
         thinning.prepare(list(pieces(checkpoint, anatomy, work.sizes, work.cut)))
-    refitted = _refit(work, full, texts, progress)
+    refitted = _refit(work, full, share, texts, progress)
     change = next((step.change for step in (thinning, refitted) if step is not None), unchanged)
     written = write_folder(checkpoint, work.cut, Path(folder), change=change, progress=_part(progress, "write"))
     before, after = _evidence(work, full, texts, Path(folder), progress)
@@ -239,24 +243,32 @@ def _thinning(work: _Work, statistics: Statistics | None) -> Thinning | None:
     return Thinning(work.request.sparsity, work.anatomy, inputs)
 
 
-def _refit(work: _Work, full: Any, texts: Texts, progress: Progress) -> Refit | None:
+def _arriving(work: _Work, running: Running) -> float | None:
+    """What `arrives` says, for a refit; refuses one that could do nothing, before anything is chosen."""
+    request = work.request
+    if not request.refit:
+        return None
+    share = arrives(running, work.anatomy)
+    if share is None and request.ffn is None and request.kv_heads is None:
+        name = work.checkpoint.path.name
+        raise UsageError(f"refit: the layers of {name} normalise what they add, so none can make up", hint=_NO_REFIT)
+    return share
+
+
+def _refit(work: _Work, full: Any, share: float | None, texts: Texts, progress: Progress) -> Refit | None:
     """Let what stays make up for what went, unless that is no better on text it was not fitted on."""
     if not work.request.refit:
         return None
     count = cost.REFIT_WINDOWS if texts.generates else cost.REFIT_SENTENCES // SENTENCES_PER_WINDOW
-    batches = replace(texts, windows=max(count, texts.windows)).calibration(count)
+    batches = replace(texts, windows=count).calibration(count)
     held = max(1, round(cost.REFIT_HELD * len(batches)))
     if held == len(batches):
         raise InputRefused(f"{texts.choosing.origin}: too short to refit on and to try the result on")
     running = _running(full, work.sizes.layers, batches[held:], texts, choosing=True)
-    share = arrives(running, work.anatomy)
     chosen = targets(work.anatomy, work.sizes, work.cut, additive=share is not None)
     if not chosen:
-        raise UsageError(
-            f"refit: nothing in {work.checkpoint.path.name} can make up for layers {', '.join(map(str, work.gone))}: "
-            + ("no layer is before them" if share else "its layers normalise what they add"),
-            hint="Leave refit out.",
-        )
+        gone = ", ".join(map(str, work.gone))
+        raise UsageError(f"refit: nothing can make up for layers {gone}: no layer is before them", hint=_NO_REFIT)
     dtypes = {
         place[1:]: info.dtype
         for name, info in work.checkpoint.tensors.items()
@@ -266,7 +278,8 @@ def _refit(work: _Work, full: Any, texts: Texts, progress: Progress) -> Refit | 
     before, after = _tried(work, found, _running(full, work.sizes.layers, batches[:held], texts, choosing=True))
     kept = after < before
     work.scores["refit"] = {
-        "matrices": len(found),
+        "matrices": len(chosen),
+        "runs_of_layers": sum(target.run is not None for target in chosen),
         "held_out": {"before": significant(before), "after": significant(after), "batches": held},
         "batches": len(running.batches),
         "kept": kept,

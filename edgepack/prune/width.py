@@ -67,16 +67,30 @@ def silenced(running: Running, anatomy: Anatomy, kept: Mapping[int, tuple[int, .
 @contextmanager
 def zeroed(matrices: Sequence[tuple[torch.Tensor, list[int]]]) -> Iterator[None]:
     """Matrices `[out, in]` with all columns zero but some, for a while."""
+    changes = []
+    for columns, kept in matrices:
+        gone = torch.ones(columns.shape[1], dtype=torch.bool)
+        gone[kept] = False
+        changes.append((columns, gone.nonzero()[:, 0], torch.zeros(())))
+    with changed(changes):
+        yield
+
+
+@contextmanager
+def changed(matrices: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Matrices `[out, in]` with other values in some columns, for a while.
+
+    Args:
+        matrices: Matrix, numbers of columns, and what stands there: `[out, columns]`, or a scalar.
+    """
     saved = []
     with torch.no_grad():
-        for columns, kept in matrices:
-            gone = torch.ones(columns.shape[1], dtype=torch.bool)
-            gone[kept] = False
-            saved.append((columns, gone, columns[:, gone].clone()))
-            columns[:, gone] = 0
+        for columns, numbers, values in matrices:
+            saved.append((columns, numbers, columns[:, numbers].clone()))
+            columns[:, numbers] = values.to(columns.dtype)
     try:
         yield
     finally:
         with torch.no_grad():
-            for columns, gone, values in saved:
-                columns[:, gone] = values
+            for columns, numbers, values in saved:
+                columns[:, numbers] = values

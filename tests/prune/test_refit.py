@@ -14,7 +14,7 @@ from pruning_models import EXAMPLE, LAYERS, answers, cut, layers_of, load, make
 from safetensors.torch import load_file
 
 from edgepack.checkpoint import open_checkpoint
-from edgepack.errors import UsageError
+from edgepack.errors import StepError, UsageError
 from edgepack.prune import command, cost, steps
 from edgepack.prune.anatomy import Anatomy, Sizes, find_anatomy, sizes_of
 from edgepack.prune.cut import Cut
@@ -295,8 +295,8 @@ def test_what_is_no_better_on_held_out_text_is_not_written(
     ("family", "words", "reason"),
     [
         ("llama", {"layers": "0"}, "layers 0: no layer is before them"),
-        ("gemma2", {"layers": "1"}, "layers 1: its layers normalise what they add"),
-        ("bert", {"layers": "2,3"}, "layers 2, 3: its layers normalise"),
+        ("gemma2", {"depth": 1}, "the layers of source normalise what they add"),
+        ("bert", {"layers": "2,3"}, "the layers of source normalise"),
     ],
 )
 def test_where_nothing_can_make_up_for_it_that_is_said(
@@ -305,6 +305,25 @@ def test_where_nothing_can_make_up_for_it_that_is_said(
     with pytest.raises(UsageError, match=reason) as caught:
         run_prune(make(family, tmp_path / "source"), refit=True, **words)
     assert caught.value.hint == "Leave refit out."
+
+
+def test_what_normalises_is_refit_for_its_neurons_alone(run_prune: Callable[..., Pruned], tmp_path: Path) -> None:
+    _, report = run_prune(make("gemma2", tmp_path / "source"), layers="1", ffn=64, refit=True)
+    assert (report["scores"]["refit"]["matrices"], report["scores"]["refit"]["runs_of_layers"]) == (LAYERS - 1, 0)
+
+
+def test_a_model_that_gives_nan_stops_it(run_prune: Callable[..., Pruned], tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "source")
+    model = load(source)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(source)
+    with pytest.raises(StepError, match="NaN or infinite"):
+        run_prune(source, layers="2", refit=True)
+    running, anatomy, sizes = prepared("llama", tmp_path / "other")
+    running.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(StepError, match="hidden states are NaN"):
+        list(gather(running, anatomy, targets(anatomy, sizes, Cut(neurons=NEURONS), additive=True)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory counts otherwise elsewhere")
